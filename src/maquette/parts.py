@@ -1,0 +1,555 @@
+"""The typed pieces a method plugs in: what each slot takes, what it gives, what it declares.
+
+A part is a frozen pydantic model. Its fields are the method's hyper-parameters, its class
+variables say what it needs (`needs`) and what it is (`card`); state lives elsewhere. `register`
+gives it a slug; `find` turns the slug back into the class. Nothing imports a method by name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
+
+from maquette.config import Frozen
+from maquette.errors import BadInput, did_you_mean
+from maquette.schedules import Horizon, Schedule
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+    import torch
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from maquette.data.corpus import Corpus
+    from maquette.recipe import Budget, Size
+    from maquette.training.ledger import Ledger
+
+Scale = Literal["one", "ddp", "fsdp"]
+Head = Literal["causal-lm", "masked-lm", "seq2seq-lm", "token-discrimination"]
+
+
+class Card(Frozen):
+    """What a reader must know before using a method; the docs page is generated from it."""
+
+    title: str
+    paper: str
+    """Authors, year, venue."""
+    arxiv: str = ""
+    idea: str
+    """The method in two or three plain sentences."""
+    claim: str
+    """What its study tests, in one sentence that can turn out false."""
+    paper_figures: tuple[str, ...] = ()
+    """Published numbers, each with its place in the paper."""
+    defaults_from: str
+    cost: str
+    """What it costs besides the baseline's steps, and which ledger cause carries it."""
+    when: str
+    """When to reach for it and when not."""
+    clashes: tuple[str, ...] = ()
+    differs: tuple[str, ...] = ()
+    """Deliberate differences from the official code, each with its reason."""
+    example: str = ""
+    """About ten lines of plain PyTorch or Hugging Face code; the conformance suite runs them."""
+
+
+class Needs(Frozen):
+    """What a part requires of its surroundings; `check` refuses a recipe that does not give it."""
+
+    workloads: frozenset[str] = frozenset()
+    """Workload types it can work on; empty means any."""
+    scale: Scale = "fsdp"
+    """The widest kind of sharding it is correct under."""
+    columns: frozenset[str] = frozenset()
+    """Document columns that must hold values (`year`, `domain`, a score)."""
+    clashes: frozenset[str] = frozenset()
+    """Slugs of parts it cannot be combined with."""
+
+
+class Part(Frozen):
+    """Base of all parts. `kind` is the slot, `type` the slug it was registered under."""
+
+    kind: ClassVar[str]
+    type: ClassVar[str]
+    needs: ClassVar[Needs] = Needs()
+    card: ClassVar[Card | None] = None
+
+    def spec(self) -> dict[str, Any]:
+        """The part as plain data, every default written out; `parse_part` reads it back."""
+        return {"type": type(self).type, **self.model_dump(mode="json")}
+
+
+# --- what flows between the engine and the parts -------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Clock:
+    """How far a run is. `fraction` is the share of the budget done, in [0, 1].
+
+    generator: torch stream `corrupt` of this micro-batch, on the model's device; a loss that
+    samples (ELECTRA's replacements) draws from it and from nothing else.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0
+    fraction: float = 0.0
+    generator: torch.Generator | None = None
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Raw rows of a text workload before an objective has touched them.
+
+    ids_BT: token ids, int64, shape (B, window); rows may run over document boundaries.
+    segments_BT: index of the document each token belongs to, same shape.
+    """
+
+    ids_BT: np.ndarray
+    segments_BT: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids_BT)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Model-ready tensors.
+
+    n_tokens: tokens the main model reads or predicts (inputs and targets counted once each).
+    n_bytes: bytes of text those tokens stand for.
+    weight: how many terms the loss averages over; micro-batches are combined in this proportion,
+    so that accumulation and sharding give the loss of the whole batch.
+    """
+
+    tensors: Mapping[str, Tensor]
+    n_tokens: int
+    n_bytes: int
+    weight: float
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def to(self, device: torch.device) -> Batch:
+        moved = {k: v.to(device, non_blocking=True) for k, v in self.tensors.items()}
+        return replace(self, tensors=moved)
+
+    @property
+    def signature(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """Shapes by name: two batches of one signature cost the same FLOPs."""
+        return tuple((k, tuple(v.shape)) for k, v in sorted(self.tensors.items()))
+
+
+@dataclass(frozen=True)
+class Loss:
+    """total: differentiable scalar, a mean over `Batch.weight` terms. logs: detached values."""
+
+    total: Tensor
+    logs: Mapping[str, Tensor | float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Rows chosen for the coming stretch of training. rows: int64 row ids, in the given order."""
+
+    rows: np.ndarray
+    why: str
+
+
+@dataclass(frozen=True)
+class State:
+    """What a fitted part learnt: tensors (saved as safetensors) and JSON-able facts."""
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Ctx:
+    """What a part may use of the engine.
+
+    seed: root seed of the run; `rng` and `torch_rng` derive one independent stream per name
+    (`init`, `order`, `corrupt`, `dropout`, `eval`, or a part's own slug), so that a change of
+    objective never moves the data order.
+    """
+
+    device: torch.device
+    seed: int
+    cache: Path
+    ledger: Ledger
+    size: Size | None = None
+    length: int = 0
+    workload: str = ""
+    tokenizer: PreTrainedTokenizerBase | None = None
+    corpus: Corpus | None = None
+
+    def rng(self, stream: str, *more: int) -> np.random.Generator:
+        from maquette.data.order import generator
+
+        return generator(self.seed, stream, *more)
+
+    def torch_rng(self, stream: str, *more: int) -> torch.Generator:
+        import torch
+
+        from maquette.data.order import stream_seed
+
+        generator = torch.Generator(device=self.device)
+        return generator.manual_seed(stream_seed(self.seed, stream, *more) % 2**63)
+
+
+class Run(Protocol):
+    """The live run as an `Optim` or a `Feed` sees it (implemented by `training.loop.LiveRun`)."""
+
+    model: PreTrainedModel
+    extra: nn.ModuleDict
+    optimizer: torch.optim.Optimizer
+    horizon: Horizon
+    ctx: Ctx
+
+    @property
+    def objective(self) -> Objective: ...
+
+    @property
+    def clock(self) -> Clock: ...
+
+    def backward(self, microbatches: Sequence[Batch]) -> dict[str, float]:
+        """Accumulate gradients of the mean loss over the micro-batches; returns averaged logs."""
+        ...
+
+    def trainable(self) -> list[nn.Parameter]: ...
+
+
+# --- the slots -----------------------------------------------------------------------------------
+
+
+class DataOp(Part):
+    """Row-wise work on documents: score, filter, rewrite. May be fitted; never sees the trainer.
+
+    `apply` returns the same rows in the same order. A dropped row keeps `keep=False` and a `why`;
+    a score is a column of its own, so that a threshold can change without computing it again.
+    """
+
+    kind: ClassVar[str] = "data_op"
+    fits_on: ClassVar[Literal["sample", "all"]] = "sample"
+    """`all` hands every training document to `fit` at once, so that a quantile is exact."""
+
+    def digest_key(self) -> str:
+        """Text that changes when the rows this gives would."""
+        import json
+
+        return json.dumps(self.spec(), sort_keys=True)
+
+    def fit(self, sample: pa.Table, ctx: Ctx) -> State:
+        return State()
+
+    @abstractmethod
+    def apply(self, batch: pa.RecordBatch, state: State) -> pa.RecordBatch: ...
+
+
+class Selector(Part):
+    """A global choice under a budget, made once before training."""
+
+    kind: ClassVar[str] = "selector"
+
+    @abstractmethod
+    def choose(self, index: pa.Table, target: pa.Table | None, take: Budget, ctx: Ctx) -> pa.Array:
+        """Row ids (int64) of `index` to keep, at most `take` in all."""
+        ...
+
+
+class Feed(Part):
+    """Which source, and which rows of it, come next while training."""
+
+    kind: ClassVar[str] = "feed"
+
+    def mixture(self, clock: Clock, sources: Mapping[str, int]) -> Mapping[str, float] | None:
+        """Fraction of the next step's tokens by source; None means: as the corpus has them.
+
+        sources: tokens available by source. Must depend on `clock.fraction` and `clock.step` only,
+        so that a resumed run can replay it.
+        """
+        return None
+
+    def refresh(self, run: Run, clock: Clock) -> Selection | None:
+        """A new choice of rows from here on, or None to go on as before."""
+        return None
+
+
+class Objective(Part):
+    """Examples to batch to loss. Owns its extra modules, so that they are saved and billed.
+
+    `head` is the Hugging Face head the main model is built with; None takes the workload's own.
+    causes: ledger cause by name of an extra module (`{"generator": "generator"}`); modules that
+    are not named bill `train`.
+    """
+
+    kind: ClassVar[str] = "objective"
+    causes: ClassVar[Mapping[str, str]] = {}
+
+    def head(self) -> Head | None:
+        return None
+
+    def phase(self, clock: Clock) -> str:
+        """Cost class of the loss at this point: within one, equal batch shapes cost the same.
+
+        Only `clock.fraction` may decide it.
+        """
+        return ""
+
+    def special_tokens(self) -> tuple[str, ...]:
+        """Tokens the tokenizer must hold as single, reserved entries."""
+        return ()
+
+    def window(self, length: int) -> int:
+        """Raw tokens a row must hold so that a model input of `length` can be made from it."""
+        return length
+
+    def build(self, model: PreTrainedModel, ctx: Ctx) -> nn.ModuleDict:
+        """Extra modules (generator, teacher, heads), on the model's device. Empty by default."""
+        from torch import nn
+
+        return nn.ModuleDict()
+
+    @abstractmethod
+    def collate(self, examples: Examples, ctx: Ctx, rng: np.random.Generator) -> Batch: ...
+
+    @abstractmethod
+    def loss(
+        self, model: PreTrainedModel, extra: nn.ModuleDict, batch: Batch, clock: Clock
+    ) -> Loss: ...
+
+    def diagnose(self, logs: Mapping[str, Sequence[float]]) -> dict[str, str]:
+        """Warnings for the report from the logged series; `{}` when the objective engaged."""
+        return {}
+
+
+class Optim(Part):
+    """Parameter groups, optimiser, schedule; rarely the step itself."""
+
+    kind: ClassVar[str] = "optim"
+
+    learning_rate: float | None = None
+    """Peak learning rate; None takes the size's."""
+    weight_decay: float = 0.1
+    clip: float | None = 1.0
+    """Global gradient-norm limit; None switches clipping off."""
+    schedule: Schedule = Schedule()
+    """Warm-up and decay; by default 5% linear warm-up, then cosine to a tenth."""
+
+    def groups(self, model: nn.Module, extra: nn.ModuleDict) -> list[dict[str, Any]]:
+        """Disjoint parameter groups; no decay on vectors (norms, biases)."""
+        seen: set[int] = set()
+        decayed: list[nn.Parameter] = []
+        plain: list[nn.Parameter] = []
+        for module in (model, extra):
+            for parameter in module.parameters():
+                if parameter.requires_grad and id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    (decayed if parameter.ndim >= 2 else plain).append(parameter)
+        groups = [
+            {"params": decayed, "weight_decay": self.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ]
+        return [g for g in groups if g["params"]]
+
+    @abstractmethod
+    def build(self, groups: list[dict[str, Any]], horizon: Horizon) -> torch.optim.Optimizer:
+        """The optimiser. Each group must carry `peak_lr`; the loop sets `lr` from it each step."""
+        ...
+
+    def rate_factor(self, step: int, horizon: Horizon) -> float:
+        """Multiplier of every group's `peak_lr` at this step, in [0, 1]."""
+        return self.schedule.factor(step, horizon)
+
+    def phase(self, step: int) -> str:
+        """Cost class of this step: steps of one phase and batch shape cost the same FLOPs."""
+        return ""
+
+    def step(self, run: Run, microbatches: Sequence[Batch]) -> dict[str, float]:
+        """One update: gradients, clipping, optimiser step. Returns logs."""
+        import torch
+
+        logs = run.backward(microbatches)
+        if self.clip is not None:
+            norm = torch.nn.utils.clip_grad_norm_(run.trainable(), self.clip)
+            logs["gradient_norm"] = float(norm)
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        return logs
+
+
+class Surgery(Part):
+    """A change of model or tokenizer before training, recorded in the checkpoint.
+
+    `fit` learns what is needed once; `apply` is replayed from the stored state on every load and
+    must then give the same modules. `merge` turns the model back into a plain Hugging Face model.
+    """
+
+    kind: ClassVar[str] = "surgery"
+    replaces_tokenizer: ClassVar[bool] = False
+    """True when the stage's own tokenizer takes the place of the one the model came with."""
+
+    def fit(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ctx: Ctx) -> State:
+        return State()
+
+    @abstractmethod
+    def apply(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: State
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]: ...
+
+    def merge(self, model: PreTrainedModel) -> PreTrainedModel | None:
+        """A plain model with the same outputs, or None when there is none."""
+        return model
+
+
+class Decoder(Part):
+    """Predicts with a frozen model."""
+
+    kind: ClassVar[str] = "decoder"
+
+    @abstractmethod
+    def predict(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch: pa.RecordBatch,
+        ctx: Ctx,
+    ) -> pa.Table:
+        """One row per row of `batch` (column `text` holds the prompt): `item`, `prediction`, ..."""
+        ...
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What an audit looks at: a frozen model, its tokenizer and, if trained here, its extras."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    extra: nn.ModuleDict | None = None
+    objective: Objective | None = None
+
+
+class Audit(Part):
+    """Measures a model; one row per item, never only an aggregate.
+
+    Returns a table with columns `metric` (string), `item` (string, unique within a metric),
+    `value` (float64) and `weight` (float64, the item's share in the mean: bytes for bits per
+    byte, 1 for an accuracy). `metrics` names every metric it gives, with its better direction;
+    an audit whose options name its metrics overrides `metric_directions`.
+    """
+
+    kind: ClassVar[str] = "audit"
+    metrics: ClassVar[Mapping[str, Literal["higher", "lower"]]] = {}
+    items_vary: ClassVar[bool] = False
+    """True when the items depend on the seed, so that only seed-level means can be paired."""
+
+    def metric_directions(self) -> Mapping[str, Literal["higher", "lower"]]:
+        return self.metrics
+
+    @abstractmethod
+    def measure(self, subject: Subject, data: Corpus, ctx: Ctx) -> pa.Table: ...
+
+    def summarise(self, items: pa.Table, rng: np.random.Generator) -> list[dict[str, Any]]:
+        """Rows for a reader of one model: by default each metric's mean over its items.
+
+        rng: for an audit that gives an interval by resampling.
+        """
+        from maquette.evaluation.items import means
+
+        return means(items)
+
+
+class Workload(Part):
+    """What a run works on: model builder, examples and the evaluations that make sense for it."""
+
+    kind: ClassVar[str] = "workload"
+    head: ClassVar[Head]
+    evaluations: ClassVar[tuple[str, ...]] = ()
+    """Slugs of the audits run when a recipe names none."""
+
+    @abstractmethod
+    def prepare(
+        self, ctx: Ctx, special_tokens: Sequence[str] = (), ops: Sequence[DataOp] = ()
+    ) -> Corpus:
+        """Read, clean, split and tokenise the corpus (cached), or return it from the cache."""
+        ...
+
+    @abstractmethod
+    def build_model(self, head: Head, corpus: Corpus, ctx: Ctx) -> PreTrainedModel:
+        """A Hugging Face model with this head; bodies of one seed and shape are bit-identical."""
+        ...
+
+    @abstractmethod
+    def sequence_length(self, size: Size) -> int: ...
+
+
+# --- registry ------------------------------------------------------------------------------------
+
+KINDS: dict[str, type[Part]] = {
+    cls.kind: cls
+    for cls in (DataOp, Selector, Feed, Objective, Optim, Surgery, Decoder, Audit, Workload)
+}
+_PARTS: dict[str, dict[str, type[Part]]] = {kind: {} for kind in KINDS}
+_BUILT_IN = ("maquette.methods", "maquette.workloads", "maquette.evaluation")
+_loaded = False
+
+P = TypeVar("P", bound=type[Part])
+
+
+def register(slug: str) -> Callable[[P], P]:
+    """Class decorator: make a part known under `slug` in its kind."""
+
+    def add(cls: P) -> P:
+        taken = _PARTS[cls.kind].get(slug)
+        if taken is not None and taken.__qualname__ != cls.__qualname__:
+            raise ValueError(f"{cls.kind} `{slug}` is already {taken.__module__}.{taken.__name__}")
+        cls.type = slug
+        _PARTS[cls.kind][slug] = cls
+        return cls
+
+    return add
+
+
+def load_all() -> None:
+    """Import every built-in method and workload and every `maquette.parts` entry point, once."""
+    global _loaded
+    if _loaded:
+        return
+    for root in _BUILT_IN:
+        package = importlib.import_module(root)
+        for module in pkgutil.walk_packages(package.__path__, f"{root}."):
+            importlib.import_module(module.name)
+    for entry in entry_points(group="maquette.parts"):
+        entry.load()
+    _loaded = True
+
+
+def parts(kind: str | None = None) -> Iterator[type[Part]]:
+    """Registered part classes, by kind and then slug."""
+    load_all()
+    for name in [kind] if kind else KINDS:
+        for slug in sorted(_PARTS[name]):
+            yield _PARTS[name][slug]
+
+
+def find(kind: str, slug: str, *, where: object = None, key: str | None = None) -> type[Part]:
+    """The part class registered under this slug; BadInput names the nearest when there is none."""
+    load_all()
+    known = _PARTS[kind]
+    if slug not in known:
+        raise BadInput(
+            f"there is no {kind.replace('_', ' ')} `{slug}`",
+            where=where,
+            key=key,
+            mend=did_you_mean(slug, known),
+        )
+    return known[slug]

@@ -1,0 +1,382 @@
+"""Recipes: everything one run needs, resolved and hashable; sizes and budgets.
+
+YAML (or a mapping) goes in, frozen objects with every default written out come back. A key that
+is not known, a unit that is not one, a part that does not exist: each is a BadInput that names
+the file, the key and the mend.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from graphlib import CycleError, TopologicalSorter
+from typing import Any, Literal, TypeVar, cast
+
+from maquette import parts
+from maquette.config import validate
+from maquette.errors import BadInput, did_you_mean
+from maquette.parts import Audit, DataOp, Feed, Objective, Optim, Part, Surgery, Workload
+
+# --- sizes ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model scale; a recipe is a function of it.
+
+    weights: non-embedding weights of the Llama shape, about. length: tokens per row.
+    batch_tokens: tokens per optimiser step. learning_rate: AdamW peak rate for that batch.
+    """
+
+    name: str
+    weights: float
+    width: int
+    depth: int
+    heads: int
+    length: int
+    batch_tokens: int
+    learning_rate: float
+
+    def rows(self, length: int) -> int:
+        """Rows per step so that a step holds `batch_tokens` tokens whatever the row length."""
+        return max(1, self.batch_tokens // length)
+
+
+_SIZES = (
+    Size("nano", 1e5, 64, 2, 2, 64, 1_024, 4e-3),
+    Size("1m", 8e5, 128, 4, 4, 128, 2_048, 2e-3),
+    Size("3m", 3e6, 256, 4, 4, 256, 4_096, 2e-3),
+    Size("10m", 1.1e7, 384, 6, 6, 256, 16_384, 1.5e-3),
+    Size("30m", 3.1e7, 512, 10, 8, 512, 32_768, 1.2e-3),
+    Size("60m", 5.9e7, 640, 12, 10, 512, 65_536, 1e-3),
+    Size("125m", 1.3e8, 768, 18, 12, 1_024, 262_144, 6e-4),
+    Size("350m", 3.5e8, 1_024, 28, 16, 1_024, 524_288, 4e-4),
+    Size("1b", 1.0e9, 2_048, 20, 16, 2_048, 1_048_576, 3e-4),
+    Size("3b", 3.0e9, 2_560, 38, 20, 2_048, 2_097_152, 2e-4),
+    Size("7b", 6.8e9, 4_096, 34, 32, 4_096, 4_194_304, 1.5e-4),
+)
+SIZES = {size.name: size for size in _SIZES}
+
+
+def size_named(name: str, *, where: object = None, key: str = "size") -> Size:
+    if name not in SIZES:
+        raise BadInput(
+            f"there is no size `{name}`", where=where, key=key, mend=did_you_mean(name, SIZES)
+        )
+    return SIZES[name]
+
+
+# --- budgets -------------------------------------------------------------------------------------
+
+Unit = Literal["flop", "tok", "step", "s", "usd"]
+_UNITS: dict[str, tuple[Unit, float]] = {
+    "flop": ("flop", 1),
+    "flops": ("flop", 1),
+    "tok": ("tok", 1),
+    "token": ("tok", 1),
+    "tokens": ("tok", 1),
+    "step": ("step", 1),
+    "steps": ("step", 1),
+    "s": ("s", 1),
+    "sec": ("s", 1),
+    "min": ("s", 60),
+    "h": ("s", 3600),
+    "usd": ("usd", 1),
+}
+_BUDGET = re.compile(r"\s*([0-9][0-9_]*\.?[0-9]*(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Z]+)\s*")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """An amount of one unit: counted training FLOPs, tokens, steps, seconds or US dollars."""
+
+    amount: float
+    unit: Unit
+
+    @classmethod
+    def parse(cls, text: object, *, where: object = None, key: str = "budget") -> Budget:
+        """`3e15flop`, `2e7tok`, `2000step`, `10min`, `5usd`."""
+        mend = "a number and a unit: 3e15flop, 2e7tok, 2000step, 10min or 5usd"
+        match = _BUDGET.fullmatch(str(text))
+        if not match:
+            raise BadInput(f"`{text}` is not a budget", where=where, key=key, mend=mend)
+        number, unit = match.groups()
+        if unit.lower() not in _UNITS:
+            raise BadInput(f"`{unit}` is not a unit of budget", where=where, key=key, mend=mend)
+        name, factor = _UNITS[unit.lower()]
+        amount = float(number.replace("_", "")) * factor
+        if not 0 < amount < float("inf"):
+            raise BadInput(f"a budget must be above zero, got `{text}`", where=where, key=key)
+        return cls(amount, name)
+
+    def __str__(self) -> str:
+        return f"{self.amount:.12g}{self.unit}"
+
+
+# --- parts from plain data -----------------------------------------------------------------------
+
+K = TypeVar("K", bound=Part)
+
+
+def parse_part(kind: type[K], value: object, *, where: object = None, key: str | None = None) -> K:
+    """A part from its slug, from `{type: slug, ...}`, or as it is."""
+    if isinstance(value, kind):
+        return value
+    if isinstance(value, str):
+        value = {"type": value}
+    if not isinstance(value, Mapping) or not isinstance(value.get("type"), str):
+        example = next(parts.parts(kind.kind), None)
+        slug = example.type if example else "name"
+        raise BadInput(
+            f"needs a {kind.kind} by name or with a `type`, got {value!r}",
+            where=where,
+            key=key,
+            mend=f"`{slug}` or `{{type: {slug}, ...}}`",
+        )
+    cls = parts.find(kind.kind, value["type"], where=where, key=key)
+    options = {k: v for k, v in value.items() if k != "type"}
+    return cast(K, validate(cls, options, where=where, key=key))
+
+
+# --- stages and recipes --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training run inside a recipe.
+
+    init: stage whose final model it starts from; None builds one from `workload` and `size`.
+    microbatches: pieces each step is accumulated from; a multiple of the number of processes.
+    """
+
+    name: str
+    workload: Workload
+    size: Size
+    objective: Objective
+    optim: Optim
+    feed: Feed
+    budget: Budget
+    init: str | None = None
+    data: tuple[DataOp, ...] = ()
+    surgery: tuple[Surgery, ...] = ()
+    microbatches: int = 1
+    special_tokens: tuple[str, ...] = ()
+
+    @property
+    def length(self) -> int:
+        return self.workload.sequence_length(self.size)
+
+    @property
+    def rows(self) -> int:
+        """Rows per optimiser step, a multiple of `microbatches`."""
+        rows = self.size.rows(self.length)
+        return max(self.microbatches, rows - rows % self.microbatches)
+
+    def spec(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "init": {"from": self.init} if self.init else None,
+            "workload": self.workload.spec(),
+            "size": self.size.name,
+            "objective": self.objective.spec(),
+            "optim": self.optim.spec(),
+            "feed": self.feed.spec(),
+            "data": [op.spec() for op in self.data],
+            "surgery": [cut.spec() for cut in self.surgery],
+            "budget": str(self.budget),
+            "microbatches": self.microbatches,
+            "special_tokens": list(self.special_tokens),
+        }
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Stages in an order in which each comes after the one it starts from; then evaluations."""
+
+    stages: tuple[Stage, ...]
+    evaluate: tuple[Audit, ...]
+    where: str = field(default="", compare=False)
+
+    @property
+    def last(self) -> Stage:
+        return self.stages[-1]
+
+    def spec(self) -> dict[str, Any]:
+        """Plain data that `parse_recipe` reads back to an equal recipe."""
+        return {
+            "stages": [stage.spec() for stage in self.stages],
+            "evaluate": [audit.spec() for audit in self.evaluate],
+        }
+
+    def special_tokens(self) -> tuple[str, ...]:
+        """Reserved tokens any of its objectives asks for, sorted."""
+        return tuple(sorted({t for s in self.stages for t in s.objective.special_tokens()}))
+
+    def with_special_tokens(self, tokens: Sequence[str]) -> Recipe:
+        """The same recipe with these tokens reserved in every tokenizer it trains."""
+        reserved = tuple(sorted(tokens))
+        return replace(self, stages=tuple(replace(s, special_tokens=reserved) for s in self.stages))
+
+
+STAGE_KEYS = tuple(f.name for f in fields(Stage))
+RECIPE_KEYS = frozenset({*STAGE_KEYS, "stages", "evaluate"}) - {"name", "init"}
+_DEFAULTS: dict[str, Any] = {"optim": "adamw", "feed": "as-is", "data": [], "surgery": []}
+
+
+def parse_recipe(data: Mapping[str, Any], *, where: object = None) -> Recipe:
+    """A recipe from plain data; keys outside `stages` are the defaults of every stage.
+
+    A recipe without `stages` is one stage named `train`.
+    """
+    for name in data:
+        if name not in RECIPE_KEYS:
+            raise BadInput(
+                f"unknown key `{name}`",
+                where=where,
+                key=name,
+                mend=did_you_mean(name, RECIPE_KEYS),
+            )
+    shared = {k: v for k, v in data.items() if k not in ("stages", "evaluate")}
+    listed = data.get("stages")
+    if listed is None:
+        listed = [{"name": "train"}]
+    if not isinstance(listed, Sequence) or isinstance(listed, str) or not listed:
+        raise BadInput("must be a list of stages", where=where, key="stages")
+    stages = [_parse_stage({**shared, **s}, i, where) for i, s in enumerate(map(dict, listed))]
+    ordered = _in_order(stages, where)
+    recipe = Recipe(ordered, _parse_evaluations(data, ordered[-1], where), str(where or ""))
+    reserved = {*recipe.special_tokens(), *(t for s in ordered for t in s.special_tokens)}
+    recipe = recipe.with_special_tokens(sorted(reserved))
+    for stage in recipe.stages:
+        check_fit(stage, where)
+    return recipe
+
+
+def _parse_stage(data: dict[str, Any], index: int, where: object) -> Stage:
+    name = str(data.get("name", f"stage{index}"))
+    at = "" if name == "train" else f"stages.{name}."
+    for key in data:
+        if key not in STAGE_KEYS:
+            raise BadInput(
+                f"unknown key `{key}`",
+                where=where,
+                key=at + key,
+                mend=did_you_mean(key, STAGE_KEYS),
+            )
+    data = {**_DEFAULTS, **{k: v for k, v in data.items() if v is not None}}
+    for key, example in (
+        ("workload", "workload: text/causal"),
+        ("size", "size: nano"),
+        ("objective", "objective: causal-lm"),
+        ("budget", "budget: 200step"),
+    ):
+        if key not in data:
+            raise BadInput(f"`{key}` is required", where=where, key=at + key, mend=example)
+    microbatches = data.get("microbatches", 1)
+    if not isinstance(microbatches, int) or microbatches < 1:
+        raise BadInput(f"must be a whole number >= 1, got {microbatches!r}", where=where, key=at)
+    return Stage(
+        name=name,
+        init=_parse_init(data.get("init"), where, at + "init"),
+        workload=parse_part(Workload, data["workload"], where=where, key=at + "workload"),  # type: ignore[type-abstract]
+        size=size_named(str(data["size"]), where=where, key=at + "size"),
+        objective=parse_part(Objective, data["objective"], where=where, key=at + "objective"),  # type: ignore[type-abstract]
+        optim=parse_part(Optim, data["optim"], where=where, key=at + "optim"),  # type: ignore[type-abstract]
+        feed=parse_part(Feed, data["feed"], where=where, key=at + "feed"),
+        data=_parse_list(DataOp, data["data"], where, at + "data"),  # type: ignore[type-abstract]
+        surgery=_parse_list(Surgery, data["surgery"], where, at + "surgery"),  # type: ignore[type-abstract]
+        budget=Budget.parse(data["budget"], where=where, key=at + "budget"),
+        microbatches=microbatches,
+        special_tokens=tuple(data.get("special_tokens", ())),
+    )
+
+
+def _parse_list(kind: type[K], value: object, where: object, key: str) -> tuple[K, ...]:
+    items = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    return tuple(
+        parse_part(kind, item, where=where, key=f"{key}.{i}") for i, item in enumerate(items)
+    )
+
+
+def _parse_init(value: object, where: object, key: str) -> str | None:
+    if value is None:
+        return None
+    if isinstance(value, Mapping) and set(value) == {"from"} and isinstance(value["from"], str):
+        return value["from"]
+    raise BadInput(f"must name a stage, got {value!r}", where=where, key=key, mend="{from: source}")
+
+
+def _parse_evaluations(data: Mapping[str, Any], last: Stage, where: object) -> tuple[Audit, ...]:
+    named = data.get("evaluate")
+    chosen = list(last.workload.evaluations) if named is None else named
+    return _parse_list(Audit, chosen, where, "evaluate")  # type: ignore[type-abstract]
+
+
+def _in_order(stages: Sequence[Stage], where: object) -> tuple[Stage, ...]:
+    by_name = {stage.name: stage for stage in stages}
+    if len(by_name) != len(stages):
+        raise BadInput("two stages have one name", where=where, key="stages")
+    for stage in stages:
+        if stage.init is not None and stage.init not in by_name:
+            raise BadInput(
+                f"starts from `{stage.init}`, which is no stage of this recipe",
+                where=where,
+                key=f"stages.{stage.name}.init",
+                mend=did_you_mean(stage.init, by_name),
+            )
+    graph = {s.name: [s.init] if s.init else [] for s in stages}
+    try:
+        names = list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        cycle = " -> ".join(error.args[1])
+        raise BadInput(
+            f"stages start from each other: {cycle}", where=where, key="stages"
+        ) from None
+    # The last stage written is the recipe's result, so it is moved behind all others.
+    final = stages[-1].name
+    return tuple(by_name[n] for n in [*(n for n in names if n != final), final])
+
+
+def check_fit(stage: Stage, where: object = None) -> None:
+    """Refuse parts that cannot work together, with the sentence that says why."""
+    chosen: list[Part] = [stage.objective, stage.optim, stage.feed, *stage.data, *stage.surgery]
+    slugs = {type(part).type for part in chosen}
+    workload = type(stage.workload).type
+    for part in chosen:
+        slug, needs = type(part).type, type(part).needs
+        if needs.workloads and workload not in needs.workloads:
+            raise BadInput(
+                f"`{slug}` does not work on `{workload}`",
+                where=where,
+                key=part.kind,
+                mend=f"use a workload it knows: {', '.join(sorted(needs.workloads))}",
+            )
+        against = sorted(needs.clashes & slugs)
+        if against:
+            raise BadInput(
+                f"`{slug}` cannot be combined with `{against[0]}`",
+                where=where,
+                key=part.kind,
+                mend="remove one of the two",
+            )
+
+
+# --- digests -------------------------------------------------------------------------------------
+
+FORMAT = 1
+"""Raised when the engine changes so that the same recipe no longer gives the same bits."""
+
+
+def digest(*facts: object) -> str:
+    """SHA-256 of facts as canonical JSON, first 32 hex digits."""
+    text = json.dumps([FORMAT, *facts], sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def stage_digest(stage: Stage, corpus: str, seed: int, parent: str | None) -> str:
+    """Identity of a trained stage: its spec, its data's content, its seed and where it started."""
+    spec = {k: v for k, v in stage.spec().items() if k not in ("name", "init")}
+    return digest("stage", spec, corpus, seed, parent)
