@@ -1,0 +1,451 @@
+"""From a corpus on disk to tokens ready to train on, computed once and cached by content.
+
+Four layers, each a folder under the cache, each named by the digest of what went into it:
+`documents-*` (read, without duplicates, split), `curated-*` (its training part after data parts),
+`tokenizer-*` and `tokens-*` (one per part). The tokenizer is trained before data parts apply and
+the evaluation parts never pass through them, so arms that differ in data stay comparable.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import BaseModel, ConfigDict, Field
+
+from maquette.data import dedup, table, tokenizers
+from maquette.data.cache import built_once, digest, read_card
+from maquette.data.documents import SCHEMA, hash_ids
+from maquette.data.packing import PackedTokens, pack
+from maquette.data.readers import CorpusSpec, fingerprint, parse_size, read
+from maquette.data.split import PARTS, check_split, split
+from maquette.data.streams import ReadReport
+from maquette.data.table import DROPPED, DocumentWriter, stored
+from maquette.data.tokenizers import TokenizerSpec
+from maquette.errors import BadInput
+
+_FORMAT = 1
+FIT_SAMPLE_BYTES = 16 << 20
+_NUMBER = re.compile(r"(?<![\w.])-?\d[\d.e+-]*")
+EXACT, NEAR = "exact duplicate", "near duplicate"
+Progress = Callable[[str, int, int | None], None]
+"""Called as progress(stage, bytes done, bytes in all or None while unknown)."""
+
+
+class DedupSpec(BaseModel):
+    """Which duplicates are removed, and which only stay on one side of the split."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    exact: bool = True
+    """Remove documents that are equal but for white space."""
+    near: float | None = Field(default=0.8, gt=0, le=1)
+    """Remove all but one of a cluster linked at this Jaccard similarity; null removes none."""
+    group: float | None = Field(default=0.5, gt=0, le=1)
+    """Documents linked at this similarity are held out, or trained on, together."""
+
+
+class DataOp(Protocol):
+    """What `prepare` needs of a data part."""
+
+    def digest_key(self) -> str: ...
+    def fit(self, sample: pa.Table, ctx: Any) -> Any: ...
+    def apply(self, batch: pa.RecordBatch, state: Any) -> pa.RecordBatch: ...
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A prepared corpus. Parts: `train`, `held_out`, and `dev` if a fraction was asked for it."""
+
+    parts: dict[str, tuple[Path, Path]]
+    """{part: (Parquet file of documents, folder of tokens)}."""
+    tokenizer_folder: Path
+    dropped_files: tuple[Path, ...]
+    card: dict[str, Any]
+    """Documents, bytes and tokens read, dropped by reason, and kept, as plain values."""
+
+    def part(self, name: str) -> PackedTokens:
+        """The tokens of a part. Raises BadInput if the corpus was prepared without it."""
+        if name not in self.parts:
+            raise BadInput(
+                f"the corpus has no part `{name}`",
+                where=self.card["path"],
+                key="dev_fraction" if name == "dev" else "held_out_fraction",
+                mend=f"have {', '.join(self.parts)}; give the part a fraction above 0",
+            )
+        return PackedTokens.open(self.parts[name][1])
+
+    @cached_property
+    def train(self) -> PackedTokens:
+        return self.part("train")
+
+    @cached_property
+    def held_out(self) -> PackedTokens:
+        return self.part("held_out")
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return tokenizers.load(self.tokenizer_folder)
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        return self.train.domains
+
+    @property
+    def digest(self) -> str:
+        """Digest of the tokens of all parts and of the tokenizer."""
+        return self.card["digest"]
+
+    def documents(self, split: str = "train") -> Iterator[pa.RecordBatch]:
+        """Batches of the kept documents of a part; row numbers are `PackedTokens.doc_row`."""
+        self.part(split)
+        return stored(self.parts[split][0])
+
+    def dropped(self) -> Iterator[pa.RecordBatch]:
+        """Batches of (id, domain, year, source, bytes, why) of documents left out."""
+        for path in self.dropped_files:
+            yield from stored(path)
+
+
+def prepare(
+    spec: CorpusSpec | str,
+    tokenizer: TokenizerSpec | None = None,
+    *,
+    cache: Path,
+    held_out_fraction: float = 0.05,
+    dev_fraction: float = 0.0,
+    dedup: DedupSpec | None = None,
+    ops: Sequence[DataOp] = (),
+    ctx: Any = None,
+    progress: Progress | None = None,
+) -> Corpus:
+    """Read, deduplicate, split, curate, tokenise and pack a corpus; later calls only open it.
+
+    cache: folder for the layers. held_out_fraction, dev_fraction: expected fractions of clusters.
+    ops: data parts, in order, for the training part alone; `ctx` is handed to their `fit`.
+    Raises BadInput if the corpus, the split or the tokenizer cannot be had from this input.
+    """
+    spec = CorpusSpec.model_validate(spec)
+    tokenizer = tokenizer or TokenizerSpec()
+    rules, cache, tell = dedup or DedupSpec(), Path(cache), progress or (lambda *_: None)
+    if not (0 <= held_out_fraction < 1 and 0 <= dev_fraction < 1 - held_out_fraction):
+        raise BadInput(
+            f"fractions must be >= 0 and sum to less than 1, got {held_out_fraction} held out "
+            f"and {dev_fraction} dev",
+            where=spec.path,
+            key="held_out_fraction",
+            mend="0.05 is usual",
+        )
+    fractions = {"held_out": held_out_fraction, "dev": dev_fraction}
+    base, top = _layers(spec, rules, fractions, ops, cache, ctx, tell)
+    dropped_files = [folder / "dropped.parquet" for folder in dict.fromkeys((base, top))]
+    trained = _tokenizer_folder(tokenizer, base, cache, tell)
+    files = {"train": top / "train.parquet"}
+    files |= {p: base / f"{p}.parquet" for p, fraction in fractions.items() if fraction > 0}
+    parts = {}
+    for part, path in files.items():
+        key = digest(_FORMAT, path.parent.name, part, trained.name)
+        build = partial(_tokens, path, trained, tell=tell)
+        folder = built_once(cache, f"tokens-{key}", build)
+        parts[part] = (path, folder)
+    return Corpus(parts, trained, tuple(dropped_files), _card(spec, base, top, trained, parts))
+
+
+@dataclass(frozen=True)
+class Curated:
+    """Documents after duplicates and data parts; nothing is split off or tokenised."""
+
+    kept: Path
+    dropped_files: tuple[Path, ...]
+    card: dict[str, Any]
+
+    def documents(self) -> Iterator[pa.RecordBatch]:
+        return stored(self.kept)
+
+    def dropped(self) -> Iterator[pa.RecordBatch]:
+        """Batches of (id, domain, year, source, bytes, why)."""
+        for path in self.dropped_files:
+            yield from stored(path)
+
+
+def curate(
+    spec: CorpusSpec | str,
+    ops: Sequence[DataOp],
+    *,
+    cache: Path,
+    dedup: DedupSpec | None = None,
+    ctx: Any = None,
+    progress: Progress | None = None,
+) -> Curated:
+    """Read a corpus, remove duplicates and apply data parts; cached like `prepare`."""
+    spec = CorpusSpec.model_validate(spec)
+    none = {"held_out": 0.0, "dev": 0.0}
+    tell = progress or (lambda *_: None)
+    base, top = _layers(spec, dedup or DedupSpec(), none, ops, Path(cache), ctx, tell)
+    folders = tuple(dict.fromkeys((base, top)))
+    first = read_card(base)
+    card = {
+        "read": first["read"],
+        "duplicates": first["duplicates"],
+        "ops": read_card(top)["ops"] if ops else [],
+        "kept": read_card(top)["train"] if ops else first["parts"]["train"],
+    }
+    return Curated(top / "train.parquet", tuple(f / "dropped.parquet" for f in folders), card)
+
+
+def _layers(
+    spec: CorpusSpec,
+    rules: DedupSpec,
+    fractions: dict[str, float],
+    ops: Sequence[DataOp],
+    cache: Path,
+    ctx: Any,
+    tell: Progress,
+) -> tuple[Path, Path]:
+    """Folders of the documents, and of what data parts left of the training part."""
+    key = digest(_FORMAT, spec.model_dump(), rules.model_dump(), fractions, fingerprint(spec))
+    base = built_once(
+        cache, f"documents-{key}", lambda to: _documents(spec, rules, fractions, to, tell)
+    )
+    if not ops:
+        return base, base
+    key = digest(_FORMAT, base.name, [op.digest_key() for op in ops])
+    return base, built_once(cache, f"curated-{key}", lambda to: _curated(base, ops, ctx, to, tell))
+
+
+def _documents(
+    spec: CorpusSpec, rules: DedupSpec, fractions: dict[str, float], to: Path, tell: Progress
+) -> dict[str, Any]:
+    """Layer 1: `train.parquet`, `held_out.parquet`, `dev.parquet`, `dropped.parquet`."""
+    report, unsplit, sketches = ReadReport(), to / "unsplit.parquet", to / "signatures.bin"
+    ids: list[np.ndarray] = []
+    exact: list[np.ndarray] = []
+    with DocumentWriter(unsplit) as out, sketches.open("wb") as sketch:
+        for batch in read(spec, report):
+            out.write(batch)
+            texts = batch["text"].to_pylist()
+            ids.append(hash_ids(batch["id"].to_pylist()))
+            exact.append(dedup.exact_keys(texts))
+            if rules.near is not None or rules.group is not None:
+                sketch.write(dedup.signatures(texts).tobytes())
+            tell("read", report.bytes, None)
+    if report.documents < 2:
+        raise BadInput(
+            "the corpus is one document, which cannot be split",
+            where=spec.path,
+            key="path",
+            mend="give one document per file, per JSON line, or per paragraph of a .txt file",
+        )
+    keys = np.concatenate(ids)
+    why, group = _duplicates(rules, keys, np.concatenate(exact), sketches)
+    kept = why == 0
+    part = np.full(len(keys), -1, np.int8)
+    part[kept] = split(keys[kept], group[kept], fractions["held_out"], fractions["dev"])
+    check_split(part[kept], fractions["held_out"], spec.path)
+    parts = _write_parts(unsplit, to, part, why, report.bytes, tell)
+    unsplit.unlink()
+    sketches.unlink()
+    largest = int(np.unique(group[kept], return_counts=True)[1].max())
+    removed = {EXACT: int((why == 1).sum()), NEAR: int((why == 2).sum())}
+    return {"read": report.as_dict(), "duplicates": removed, "largest_group": largest,
+            "parts": parts}  # fmt: skip
+
+
+def _duplicates(
+    rules: DedupSpec, keys: np.ndarray, exact: np.ndarray, sketches: Path
+) -> tuple[np.ndarray, np.ndarray]:
+    """(0 kept, 1 exact, 2 near; group for the split) of each document. Of a cluster the document
+    with the smallest hashed id stays, which does not depend on the order of reading."""
+    why = np.zeros(len(keys), np.int8)
+    order = np.lexsort(exact.T)
+    group = np.empty(len(keys), np.int64)
+    group[order] = np.cumsum(np.any(np.diff(exact[order], axis=0, prepend=exact[order[:1]]), 1))
+    equal = group
+    if sketches.stat().st_size:
+        sigs = np.memmap(sketches, np.uint32, "r").reshape(-1, dedup.N_BINS)
+        if rules.near is not None:
+            why[_all_but_first(keys, dedup.clusters(sigs, rules.near))] = 2
+        if rules.group is not None:
+            group = dedup.clusters(sigs, rules.group)
+    if rules.exact:
+        why[_all_but_first(keys, equal)] = 1
+    return why, group
+
+
+def _all_but_first(keys: np.ndarray, cluster: np.ndarray) -> np.ndarray:
+    order = np.lexsort((keys, cluster))
+    return order[1:][cluster[order][1:] == cluster[order][:-1]]
+
+
+def _write_parts(
+    unsplit: Path, to: Path, part: np.ndarray, why: np.ndarray, total: int, tell: Progress
+) -> dict[str, Any]:
+    reasons = np.array(["", EXACT, NEAR])
+    writers = [DocumentWriter(to / f"{name}.parquet") for name in PARTS]
+    start = done = 0
+    with DocumentWriter(to / "dropped.parquet", DROPPED) as left_out:
+        for batch in stored(unsplit):
+            here = slice(start, start + batch.num_rows)
+            start += batch.num_rows
+            for code, writer in enumerate(writers):
+                writer.write(batch.filter(pa.array(part[here] == code)))
+            gone = batch.filter(pa.array(part[here] == -1))
+            left_out.write(table.dropped(gone, reasons[why[here][part[here] == -1]].tolist()))
+            done += batch.nbytes
+            tell("split", min(done, total), total)
+    for writer in writers:
+        writer.close()
+    return {
+        name: {"documents": w.documents, "bytes": w.bytes, "digest": w.digest}
+        for name, w in zip(PARTS, writers, strict=True)
+    }
+
+
+def _curated(
+    base: Path, ops: Sequence[DataOp], ctx: Any, to: Path, tell: Progress
+) -> dict[str, Any]:
+    """Layer 2: the training part after data parts, each fitted on what the one before left."""
+    source, stages = base / "train.parquet", []
+    with DocumentWriter(to / "dropped.parquet", DROPPED) as left_out:
+        for n, op in enumerate(ops):
+            name = type(op).__name__
+            everything = getattr(op, "fits_on", "sample") == "all"
+            fitting = list(stored(source) if everything else table.sample(source, FIT_SAMPLE_BYTES))
+            state = op.fit(pa.Table.from_batches(fitting), ctx)
+            target, why = to / f"stage-{n}.parquet", Counter[str]()
+            with DocumentWriter(target) as out:
+                for batch in stored(source):
+                    kept, gone, reasons = _sifted(op.apply(batch, state), batch, name)
+                    out.write(kept)
+                    left_out.write(table.dropped(gone, reasons))
+                    # A reason holds the row's own score; rows of one cut count together.
+                    why.update(_NUMBER.sub("…", r, count=1) for r in reasons.to_pylist())
+                    tell(f"data part {name}", out.bytes, None)
+            if out.documents == 0:
+                raise BadInput(
+                    f"the data part dropped all documents ({dict(why)})",
+                    where=name,
+                    mend="loosen its thresholds or give a larger corpus",
+                )
+            stages.append({"part": name, "dropped": dict(why)})
+            if n:
+                source.unlink()
+            source = target
+    source.rename(to / "train.parquet")
+    counts = {"documents": out.documents, "bytes": out.bytes, "digest": out.digest}
+    return {"ops": stages, "train": counts}
+
+
+def _sifted(
+    result: pa.RecordBatch, given: pa.RecordBatch, name: str
+) -> tuple[pa.RecordBatch, pa.RecordBatch, pa.Array]:
+    """(kept rows without `keep` and `why`, dropped rows, their reasons)."""
+    if missing := set(SCHEMA.names) - set(result.schema.names):
+        raise ValueError(f"{name}.apply must return the columns {sorted(missing)}")
+    if result.num_rows < given.num_rows:
+        raise ValueError(f"{name}.apply lost rows: set `keep` to False and say `why` instead")
+    names = [n for n in result.schema.names if n not in ("keep", "why")]
+    if "keep" not in result.schema.names:
+        none = result.slice(0, 0)
+        return result.select(names), none, pa.array([], pa.string())
+    keep = pc.fill_null(result["keep"], False)
+    gone = result.filter(pc.invert(keep))
+    if "why" in result.schema.names:
+        reasons = pc.fill_null(gone["why"].cast(pa.string()), name)
+    else:
+        reasons = pa.array([name] * gone.num_rows, pa.string())
+    return result.filter(keep).select(names), gone, reasons
+
+
+def _tokenizer_folder(spec: TokenizerSpec, base: Path, cache: Path, tell: Progress) -> Path:
+    """Layer 3: trained on the documents before data parts, or a copy of the one that was named."""
+    if not spec.is_trained:
+        loaded = tokenizers.load(spec.type)
+        key = digest(_FORMAT, tokenizers.content_digest(loaded))
+
+        def build(to: Path) -> dict[str, Any]:
+            loaded.save_pretrained(to)
+            return {"digest": tokenizers.content_digest(loaded), "vocabulary": len(loaded)}
+
+    else:
+        source = [] if spec.type == "bytes" else [base.name]
+        key = digest(_FORMAT, spec.model_dump(), source)
+
+        def build(to: Path) -> dict[str, Any]:
+            limit = parse_size(spec.sample)
+            tell("train tokenizer", 0, limit)
+            batches = table.sample(base / "train.parquet", limit)
+            texts = (t for batch in batches for t in batch["text"].to_pylist())
+            made = tokenizers.train(spec, texts)
+            made.save_pretrained(to)
+            tell("train tokenizer", limit, limit)
+            return {"digest": tokenizers.content_digest(made), "vocabulary": len(made)}
+
+    return built_once(cache, f"tokenizer-{key}", build)
+
+
+def _stored_bytes(source: Path) -> int:
+    card = read_card(source.parent)
+    return int((card.get("parts", card)[source.stem])["bytes"])
+
+
+def _tokens(source: Path, tokenizer: Path, to: Path, tell: Progress) -> dict[str, Any]:
+    """Layer 4: the tokens of one part."""
+    stage, total = f"tokenise {source.stem}", _stored_bytes(source)
+    packed = pack(
+        stored(source, ["id", "text", "domain"]),
+        tokenizers.load(tokenizer),
+        to,
+        lambda done: tell(stage, done, total),
+    )
+    return {
+        "documents": packed.n_documents,
+        "bytes": packed.n_bytes,
+        "tokens": packed.n_tokens,
+        "digest": packed.digest,
+    }
+
+
+def _card(
+    spec: CorpusSpec, base: Path, top: Path, trained: Path, parts: dict[str, tuple[Path, Path]]
+) -> dict[str, Any]:
+    first = read_card(base)
+    token_cards = {part: read_card(folder) for part, (_, folder) in parts.items()}
+    vocabulary = read_card(trained)
+    dropped = Counter(first["read"]["dropped"])
+    dropped.update({why: n for why, n in first["duplicates"].items() if n})
+    if top != base:
+        for stage in read_card(top)["ops"]:
+            dropped.update(stage["dropped"])
+    return {
+        "path": spec.path,
+        "digest": digest(vocabulary["digest"], {p: c["digest"] for p, c in token_cards.items()}),
+        "read": {"documents": first["read"]["documents"], "bytes": first["read"]["bytes"]},
+        "dropped": dict(dropped),
+        "notes": first["read"]["notes"],
+        "largest_group": first["largest_group"],
+        "parts": {
+            p: {k: c[k] for k in ("documents", "bytes", "tokens")} for p, c in token_cards.items()
+        },
+        "vocabulary": vocabulary["vocabulary"],
+    }
+
+
+__all__ = [
+    "Corpus",
+    "CorpusSpec",
+    "DataOp",
+    "DedupSpec",
+    "Progress",
+    "TokenizerSpec",
+    "curate",
+    "prepare",
+]
