@@ -1,0 +1,149 @@
+"""Checkpoints: everything a run needs to go on to the same bits, written whole or not at all.
+
+    state/step-000000120/   model, extra and optimiser as safetensors, clock.json, checksums
+Nothing here unpickles. The last two are kept: when the newest is damaged, the one before serves.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import Tensor, nn
+
+from maquette import atomic
+from maquette.errors import MaquetteError, RunFailed
+
+log = logging.getLogger(__name__)
+KEEP = 2
+
+
+def flatten(value: Any, tensors: dict[str, Tensor], path: str = "t") -> Any:
+    """A JSON-able tree of `value`; its tensors go into `tensors` under the path they stand at.
+
+    Handles mappings with any scalar keys, sequences, numbers, strings, None and tensors.
+    Raises TypeError for anything else, because what cannot be stored cannot be resumed.
+    """
+    if isinstance(value, Tensor):
+        # A view would drag its whole storage into the file.
+        tensors[path] = value.detach().contiguous().clone()
+        return {"__tensor__": path}
+    if isinstance(value, Mapping):
+        return {
+            "__map__": [
+                [k, flatten(v, tensors, f"{path}.{i}")] for i, (k, v) in enumerate(value.items())
+            ]
+        }
+    if isinstance(value, list | tuple):
+        items = [flatten(v, tensors, f"{path}.{i}") for i, v in enumerate(value)]
+        return {"__tuple__": items} if isinstance(value, tuple) else items
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"cannot store a {type(value).__name__} in a checkpoint (at {path})")
+
+
+def unflatten(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse of `flatten`."""
+    if isinstance(tree, list):
+        return [unflatten(v, tensors) for v in tree]
+    if isinstance(tree, dict):
+        if "__tensor__" in tree:
+            return tensors[tree["__tensor__"]]
+        if "__tuple__" in tree:
+            return tuple(unflatten(v, tensors) for v in tree["__tuple__"])
+        return {k: unflatten(v, tensors) for k, v in tree["__map__"]}
+    return tree
+
+
+def save_tree(folder: Path, name: str, value: Any) -> None:
+    """Write any tree of tensors and plain data as `name.json` and `name.safetensors`."""
+    tensors: dict[str, Tensor] = {}
+    tree = flatten(value, tensors)
+    (folder / f"{name}.json").write_text(json.dumps(tree))
+    save_file(tensors, folder / f"{name}.safetensors")
+
+
+def load_tree(folder: Path, name: str) -> Any:
+    tree = json.loads((folder / f"{name}.json").read_text())
+    return unflatten(tree, load_file(folder / f"{name}.safetensors"))
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A sound checkpoint: its folder and the plain data that was stored with it."""
+
+    folder: Path
+    step: int
+    clock: dict[str, Any]
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:09d}"
+
+
+def save(
+    state: Path,
+    step: int,
+    model: nn.Module,
+    extra: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    clock: Mapping[str, Any],
+) -> Path:
+    """Write the checkpoint of `step` and remove all but the last `KEEP`."""
+    final = state / name_of(step)
+    with atomic.new_dir(final) as folder, atomic.explained(final):
+        save_model(model, str(folder / "model.safetensors"))
+        save_model(extra, str(folder / "extra.safetensors"))
+        save_tree(folder, "optimizer", optimizer.state_dict())
+        (folder / "clock.json").write_text(json.dumps({"step": step, **clock}))
+        atomic.write_checksums(folder)
+    for old in steps(state)[:-KEEP]:
+        shutil.rmtree(state / name_of(old), ignore_errors=True)
+    return final
+
+
+def steps(state: Path) -> list[int]:
+    """Steps of the checkpoints in this folder, ascending."""
+    if not state.is_dir():
+        return []
+    found = (p.name.removeprefix("step-") for p in state.iterdir() if p.name.startswith("step-"))
+    return sorted(int(name) for name in found if name.isdigit())
+
+
+def newest(state: Path) -> Saved | None:
+    """The newest sound checkpoint of this folder, or None when it holds none at all.
+
+    A damaged one is passed over with a warning. Raises RunFailed when all are damaged.
+    """
+    found = steps(state)
+    for step in reversed(found):
+        folder = state / name_of(step)
+        try:
+            atomic.verify_checksums(folder)
+            return Saved(folder, step, json.loads((folder / "clock.json").read_text()))
+        except (MaquetteError, OSError, ValueError) as error:
+            log.warning("checkpoint %s is damaged (%s); trying the one before", folder, error)
+    if found:
+        raise RunFailed(
+            "every checkpoint of this run is damaged",
+            where=state,
+            mend=f"delete {state} to start the run again",
+        )
+    return None
+
+
+def load(
+    saved: Saved, model: nn.Module, extra: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """Load a checkpoint into modules and an optimiser of the shapes it was saved from."""
+    device = str(next(model.parameters()).device)
+    load_model(model, str(saved.folder / "model.safetensors"), device=device)
+    load_model(extra, str(saved.folder / "extra.safetensors"), device=device)
+    optimizer.load_state_dict(load_tree(saved.folder, "optimizer"))

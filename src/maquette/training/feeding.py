@@ -1,0 +1,99 @@
+"""From (seed, step) to micro-batches: the feed's mixture, the stateless order, collation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from maquette.data.order import MixtureOrder, batch_rows
+from maquette.data.packing import PackedTokens
+from maquette.errors import BadInput
+from maquette.parts import Batch, Clock, Ctx, Examples
+from maquette.recipe import Stage
+
+
+class Feeder:
+    """The micro-batches of any step, as a pure function of (seed, step).
+
+    A row is `objective.window(length)` consecutive tokens. Without a mixture all rows of the
+    training part are one pool; with one, each source is a pool of its own.
+    steps: the horizon, for `Clock.fraction` as the feed sees it; set once it is known.
+    """
+
+    def __init__(self, stage: Stage, tokens: PackedTokens, ctx: Ctx, steps: int = 1) -> None:
+        self.stage, self.tokens, self.ctx, self.steps = stage, tokens, ctx, steps
+        self.window = stage.objective.window(stage.length)
+        self.sources = tokens.domain_tokens
+        self.n_rows = tokens.n_tokens // self.window
+        if self.n_rows < 1:
+            raise BadInput(
+                f"the training part holds {tokens.n_tokens} tokens, one row takes {self.window}",
+                key="workload.corpus",
+                mend="a larger corpus, or a smaller `length`",
+            )
+        self.mixture = self._mixture()
+
+    def _mixture(self) -> MixtureOrder | None:
+        counts = {name: stop - start for name, (start, stop) in self.sources.items()}
+        if self.stage.feed.mixture(Clock(), counts) is None:
+            return None
+        # Only sources that are ever drawn from must hold a row.
+        rows = {name: n // self.window for name, n in counts.items() if n >= self.window}
+
+        def weights(step: int) -> Mapping[str, float]:
+            tokens = step * self.stage.rows * self.window
+            clock = Clock(step=step, tokens=tokens, fraction=step / self.steps)
+            asked = self.stage.feed.mixture(clock, counts) or {}
+            for name, share in asked.items():
+                if share > 0 and name not in rows:
+                    raise BadInput(
+                        f"source `{name}` has {counts.get(name, 0)} tokens, too few for a row of "
+                        f"{self.window}",
+                        key="feed",
+                        mend="give it weight 0 or more text",
+                    )
+            return {name: share for name, share in asked.items() if share > 0}
+
+        return MixtureOrder(self.ctx.seed, self.stage.rows, rows, weights)
+
+    def starts(self, step: int) -> np.ndarray:
+        """First token of each row of the step's batch, int64, shape (rows,)."""
+        if self.mixture is None:
+            return batch_rows(self.ctx.seed, step, self.stage.rows, self.n_rows) * self.window
+        drawn = self.mixture.at(step)
+        parts = [self.sources[name][0] + rows * self.window for name, rows in drawn.items()]
+        starts = np.concatenate(parts)
+        # Mixed, or a micro-batch would hold one source only.
+        return self.ctx.rng("order", step).permutation(starts)
+
+    def batches(self, step: int, share: slice = slice(None)) -> list[Batch]:
+        """This process's micro-batches of the step; `share` picks them (rank r of w: r::w)."""
+        pieces = np.split(self.starts(step), self.stage.microbatches)
+        chosen = range(self.stage.microbatches)[share]
+        return [self._collate(pieces[i], step, i) for i in chosen]
+
+    def _collate(self, starts: np.ndarray, step: int, piece: int) -> Batch:
+        examples = Examples(
+            self.tokens.windows(starts, self.window),
+            self.tokens.segments(starts, self.window),
+        )
+        rng = self.ctx.rng("corrupt", step, piece)
+        return self.stage.objective.collate(examples, self.ctx, rng)
+
+    def stream(
+        self, first: int, stop: int, share: slice = slice(None)
+    ) -> Iterator[tuple[int, list[Batch]]]:
+        """(step, micro-batches) from `first` on; the next step is made while one is used."""
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="feeder") as worker:
+            waiting: Future[list[Batch]] = worker.submit(self.batches, first, share)
+            for step in range(first, stop):
+                batches = waiting.result()
+                if step + 1 < stop:
+                    waiting = worker.submit(self.batches, step + 1, share)
+                yield step, batches
+
+    def realised_mix(self) -> dict[str, float]:
+        """Fraction of rows drawn from each source so far; `{}` without a mixture."""
+        return self.mixture.shares() if self.mixture else {}
