@@ -1,0 +1,40 @@
+"""Encoders of the BERT/ELECTRA shape."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from transformers import ElectraConfig, PretrainedConfig
+
+from maquette.data.corpus import Corpus
+from maquette.parts import Head, register
+from maquette.recipe import Size
+from maquette.workloads.text.base import TextWorkload
+
+
+@register("text/encoder")
+class EncoderText(TextWorkload):
+    """Bidirectional encoders; one body shape for every objective."""
+
+    dropout: float = 0.1
+    """Dropout of hidden states and attention (BERT and ELECTRA use 0.1)."""
+
+    head: ClassVar[Head] = "masked-lm"
+    evaluations: ClassVar[tuple[str, ...]] = ("origin-probe",)
+    template: ClassVar[Literal["none", "cls_sep"]] = "cls_sep"
+
+    def config(self, size: Size, corpus: Corpus) -> PretrainedConfig:
+        return ElectraConfig(
+            vocab_size=len(corpus.tokenizer),
+            embedding_size=min(size.width, 768),
+            hidden_size=size.width,
+            intermediate_size=4 * size.width,
+            num_hidden_layers=size.depth,
+            num_attention_heads=size.heads,
+            max_position_embeddings=self.sequence_length(size),
+            hidden_dropout_prob=self.dropout,
+            attention_probs_dropout_prob=self.dropout,
+            type_vocab_size=1,
+            pad_token_id=corpus.tokenizer.pad_token_id,
+            tie_word_embeddings=True,
+        )
