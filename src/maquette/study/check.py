@@ -1,0 +1,85 @@
+"""What a recipe would cost, before it runs: one real step is counted and timed, nothing is kept."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+import torch
+
+from maquette.recipe import Recipe, Stage
+from maquette.study.execute import Options, choose_precision_for, make_ctx, pick_device
+from maquette.study.models import build
+from maquette.study.store import Store
+from maquette.training import loop
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage as it would run.
+
+    weights: parameters of the main model. memory: bytes of weights, gradients and optimiser state
+    (activations come on top). seconds: at the speed of the one step that was timed.
+    """
+
+    stage: str
+    workload: str
+    size: str
+    weights: int
+    rows: int
+    length: int
+    steps: int
+    tokens: int
+    flops: float
+    flops_by_cause: dict[str, float]
+    memory: int
+    seconds: float
+    usd: float | None
+
+
+def plan(recipe: Recipe, store: Store, options: Options) -> list[StagePlan]:
+    """The plan of every stage. Prepares the corpora (they are cached for the real run)."""
+    return [_plan_stage(stage, store, options) for stage in recipe.stages if stage.init is None]
+
+
+def _plan_stage(stage: Stage, store: Store, options: Options) -> StagePlan:
+    device = pick_device(options.device)
+    ctx = make_ctx(stage, 0, store, device)
+    corpus = stage.workload.prepare(ctx, stage.special_tokens, stage.data)
+    ctx = replace(ctx, corpus=corpus, tokenizer=corpus.tokenizer)
+    model = build(stage, corpus, ctx, store.home / "none", None)
+    run, feeder = loop.start(
+        stage, corpus, model, ctx, choose_precision_for(options, device), options.settings, None
+    )
+    batches = feeder.batches(0)
+    start = time.perf_counter()
+    stage.optim.step(run, batches)
+    seconds = (time.perf_counter() - start) * run.horizon.steps
+    causes = run.costs.of(batches, stage.objective.phase(run.clock), stage.optim.phase(0))
+    price = options.settings.usd_per_hour
+    return StagePlan(
+        stage=stage.name,
+        workload=type(stage.workload).type,
+        size=stage.size.name,
+        weights=sum(p.numel() for p in model.parameters()),
+        rows=stage.rows,
+        length=stage.length,
+        steps=run.horizon.steps,
+        tokens=run.horizon.steps * sum(b.n_tokens for b in batches),
+        flops=run.horizon.steps * run.horizon.flops_per_step,
+        flops_by_cause=causes,
+        memory=_held_bytes(run),
+        seconds=seconds,
+        usd=None if price is None else seconds / 3600 * price,
+    )
+
+
+def _held_bytes(run: loop.LiveRun) -> int:
+    weights = sum(p.numel() * p.element_size() for p in run.trainable())
+    state = sum(
+        t.numel() * t.element_size()
+        for entry in run.optimizer.state.values()
+        for t in entry.values()
+        if isinstance(t, torch.Tensor)
+    )
+    return 2 * weights + state

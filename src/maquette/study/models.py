@@ -1,0 +1,148 @@
+"""Models on disk: built for a stage, saved at its end, loaded back for evaluation and export.
+
+run folder/
+  model/            a plain Hugging Face directory, surgery merged, with the tokenizer
+  state/final/      raw weights of model and extra modules, as trained
+  state/surgery-0/  what a surgery learnt, replayed on every load
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_model, save_model
+
+from maquette import atomic
+from maquette.data.order import stream_seed
+from maquette.errors import BadInput
+from maquette.parts import Ctx, Head, State, Subject
+from maquette.recipe import Stage
+from maquette.training import checkpoint
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from maquette.data.corpus import Corpus
+    from maquette.study.execute import Trained
+
+
+def head_of(stage: Stage) -> Head:
+    return stage.objective.head() or type(stage.workload).head
+
+
+def build(
+    stage: Stage, corpus: Corpus, ctx: Ctx, folder: Path, parent: Path | None
+) -> PreTrainedModel:
+    """The model a stage starts from, surgery done; a surgery fitted before is only replayed."""
+    model = _start(stage, corpus, ctx, parent)
+    tokenizer = _start_tokenizer(parent) or corpus.tokenizer
+    for i, surgery in enumerate(stage.surgery):
+        place = folder / "state" / f"surgery-{i}"
+        if place.is_dir():
+            state = load_state(place)
+        else:
+            state = surgery.fit(model, tokenizer, ctx)
+            save_state(place, state)
+        model, tokenizer = surgery.apply(model, tokenizer, state)
+    if model.get_input_embeddings().weight.shape[0] < len(corpus.tokenizer):
+        raise BadInput(
+            f"the model has {model.get_input_embeddings().weight.shape[0]} embeddings, the "
+            f"tokenizer {len(corpus.tokenizer)} entries",
+            key="workload.tokenizer",
+            mend="leave `tokenizer` out to use the model's own",
+        )
+    return model
+
+
+def _start(stage: Stage, corpus: Corpus, ctx: Ctx, parent: Path | None) -> PreTrainedModel:
+    if parent is None:
+        return stage.workload.build_model(head_of(stage), corpus, ctx)
+    workload = stage.workload.model_copy(update={"model": str(parent / "model")})
+    return workload.build_model(head_of(stage), corpus, ctx)
+
+
+def _start_tokenizer(parent: Path | None) -> Any:
+    if parent is None:
+        return None
+    from maquette.data.tokenizers import load
+
+    return load(parent / "model")
+
+
+def save_state(folder: Path, state: State) -> None:
+    with atomic.new_dir(folder) as place:
+        checkpoint.save_tree(place, "state", {"tensors": dict(state.tensors), "meta": state.meta})
+        atomic.write_checksums(place)
+
+
+def load_state(folder: Path) -> State:
+    atomic.recover_dir(folder)
+    atomic.verify_checksums(folder)
+    tree = checkpoint.load_tree(folder, "state")
+    return State(tree["tensors"], tree["meta"])
+
+
+def save_final(
+    folder: Path, stage: Stage, model: PreTrainedModel, extra: nn.ModuleDict, ctx: Ctx
+) -> None:
+    """Write the raw weights and the plain Hugging Face directory; checkpoints are then removed."""
+    state = folder / "state"
+    with atomic.new_dir(state / "final") as place, atomic.explained(place):
+        save_model(model, str(place / "model.safetensors"))
+        save_model(extra, str(place / "extra.safetensors"))
+        atomic.write_checksums(place)
+    merged: PreTrainedModel | None = model
+    for surgery in reversed(stage.surgery):
+        merged = surgery.merge(merged) if merged is not None else None
+    if merged is not None:
+        with atomic.new_dir(folder / "model") as place, atomic.explained(place):
+            merged.save_pretrained(place)
+            ctx.tokenizer.save_pretrained(place)  # type: ignore[union-attr]
+    for step in checkpoint.steps(state):
+        shutil.rmtree(state / checkpoint.name_of(step), ignore_errors=True)
+
+
+def load_subject(trained: Trained, ctx: Ctx) -> Subject:
+    """The trained modules of a finished stage, frozen, on the context's device."""
+    stage, folder = trained.stage, trained.folder
+    final = folder / "state" / "final"
+    atomic.recover_dir(final)
+    atomic.verify_checksums(final)
+    parent = None
+    if stage.init:
+        # The weights are about to be replaced; only the shapes of the parent's model matter.
+        parent = _parent_of(folder)
+    model = build(stage, trained.corpus, ctx, folder, parent)
+    torch.manual_seed(stream_seed(ctx.seed, "init", 1) % 2**63)
+    extra = stage.objective.build(model, ctx)
+    load_model(model, str(final / "model.safetensors"))
+    load_model(extra, str(final / "extra.safetensors"))
+    model.to(ctx.device).eval().requires_grad_(False)
+    extra.to(ctx.device).eval().requires_grad_(False)
+    return Subject(model, trained.corpus.tokenizer, extra, stage.objective)
+
+
+def _parent_of(folder: Path) -> Path:
+    import yaml
+
+    digest = yaml.safe_load((folder / "recipe.yaml").read_text())["parent"]
+    return folder.parent.parent / digest[:2] / digest
+
+
+def export(folder: Path, target: Path) -> None:
+    """Copy a run's plain Hugging Face directory to `target`, which must not hold anything yet."""
+    source = folder / "model"
+    if not source.is_dir():
+        raise BadInput(
+            "this run has no plain model: a part of it cannot be merged back",
+            where=folder,
+            mend="load it through Maquette, or train without that surgery",
+        )
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise BadInput("the target is not empty", where=target, mend="name a new folder")
+    with atomic.new_dir(target) as place, atomic.explained(target):
+        shutil.copytree(source, place, dirs_exist_ok=True)

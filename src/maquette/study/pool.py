@@ -1,0 +1,170 @@
+"""(arm, seed) pairs on one process or several, all writing to one store."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from maquette.errors import BadInput, MaquetteError, RunFailed
+from maquette.recipe import Recipe, parse_recipe
+from maquette.study.execute import Options, execute
+from maquette.study.store import Store
+from maquette.training.loop import Progress
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run of a study."""
+
+    arm: str
+    seed: int
+    recipe: Recipe
+    study: str | None = None
+
+
+@dataclass(frozen=True)
+class TaskDone:
+    """A run that ended: its digest in the store, or why it failed."""
+
+    task: Task
+    digest: str | None
+    failure: str | None = None
+
+
+OnProgress = Callable[[Task, Progress], None]
+OnDone = Callable[[TaskDone], None]
+
+
+def run_tasks(
+    tasks: Sequence[Task],
+    store: Store,
+    options: Options,
+    workers: int,
+    on_progress: OnProgress,
+    on_done: OnDone,
+) -> list[TaskDone]:
+    """Run all tasks; a RunFailed ends its task only, a BadInput ends them all."""
+    if workers < 1:
+        raise BadInput(f"workers must be >= 1, got {workers}", key="--on", mend="--on local:2")
+    if workers == 1:
+        ended = []
+        for task in tasks:
+            ended.append(_run_here(task, store, options, on_progress))
+            on_done(ended[-1])
+        return ended
+    return list(_run_spread(tasks, store, options, workers, on_progress, on_done))
+
+
+def _run_here(task: Task, store: Store, options: Options, on_progress: OnProgress) -> TaskDone:
+    try:
+        digest = execute(
+            task.recipe,
+            task.seed,
+            store,
+            options,
+            arm=task.arm,
+            study=task.study,
+            on_step=lambda stage, progress: on_progress(task, progress),
+        )
+        return TaskDone(task, digest)
+    except RunFailed as error:
+        return TaskDone(task, None, str(error))
+
+
+def _run_spread(
+    tasks: Sequence[Task],
+    store: Store,
+    options: Options,
+    workers: int,
+    on_progress: OnProgress,
+    on_done: OnDone,
+) -> Iterator[TaskDone]:
+    # Spawned, not forked: a fork would inherit torch's thread pools in an undefined state.
+    context = multiprocessing.get_context("spawn")
+    threads = options.threads or max(1, (os.cpu_count() or 1) // workers)
+    told: Any = context.Manager().Queue()
+    with ProcessPoolExecutor(
+        workers, context, initializer=_start_worker, initargs=(threads, told)
+    ) as pool:
+        jobs: dict[Future[tuple[str | None, str | None]], int] = {
+            pool.submit(
+                _work,
+                i,
+                task.recipe.spec(),
+                task.seed,
+                str(store.home),
+                replace(options, threads=threads),
+                task.arm,
+                task.study,
+            ): i
+            for i, task in enumerate(tasks)
+        }
+        waiting = set(jobs)
+        ended: dict[int, TaskDone] = {}
+        while waiting:
+            finished, waiting = wait(waiting, timeout=0.2)
+            _tell(told, tasks, on_progress)
+            for job in finished:
+                digest, failure = job.result()
+                done = TaskDone(tasks[jobs[job]], digest, failure)
+                ended[jobs[job]] = done
+                on_done(done)
+    yield from (ended[i] for i in range(len(tasks)))
+
+
+def _tell(told: Any, tasks: Sequence[Task], on_progress: OnProgress) -> None:
+    while True:
+        try:
+            i, progress = told.get_nowait()
+        except queue.Empty:
+            return
+        on_progress(tasks[i], progress)
+
+
+_told: Any = None
+
+
+def _start_worker(threads: int, told: Any) -> None:
+    global _told
+    _told = told
+    import torch
+
+    torch.set_num_threads(threads)
+    from maquette import parts
+
+    parts.load_all()
+
+
+def _work(
+    index: int,
+    spec: dict[str, Any],
+    seed: int,
+    home: str,
+    options: Options,
+    arm: str,
+    study: str | None,
+) -> tuple[str | None, str | None]:
+    last_told = -1
+
+    def tell(stage: str, progress: Progress) -> None:
+        nonlocal last_told
+        # A message for every percent: each costs a round trip through the manager process.
+        percent = 100 * progress.step // progress.steps
+        if percent > last_told:
+            last_told = percent
+            _told.put((index, progress))
+
+    store = Store(Path(home), check=False)
+    try:
+        recipe = parse_recipe(spec)
+        return execute(recipe, seed, store, options, arm=arm, study=study, on_step=tell), None
+    except RunFailed as error:
+        return None, str(error)
+    except MaquetteError:
+        raise

@@ -1,0 +1,400 @@
+"""The report of a study: one self-contained page, its numbers as JSON, and a Markdown text.
+
+`render` takes the `Report` (or the equal dictionary) and writes `report.html`, `report.json` and
+`report.md`. The page has no script, no font and no link to the network; every text in it is
+escaped, because recipes, names and examples may hold text from documents.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from maquette import atomic
+from maquette.errors import BadInput
+from maquette.study import plots
+from maquette.study.verdict import (
+    Charge,
+    Direction,
+    Verdict,
+    charging_sentence,
+    number,
+    places_for,
+    signed,
+)
+
+TEMPLATES = Path(__file__).parent / "templates"
+UNITS = ("flops", "tokens", "bytes", "seconds")
+
+
+def _finite_or_none(value: Any) -> Any:
+    """JSON has no NaN: a value that diverged is stored as null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Number = Annotated[float | None, BeforeValidator(_finite_or_none)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Metric(_Part):
+    """The primary metric. smallest_effect: absolute, in `unit`."""
+
+    name: str
+    direction: Direction
+    smallest_effect: float
+    unit: str = ""
+
+
+class Curves(_Part):
+    """One run's learning curve: equally long lists, one entry per logged step.
+
+    metric: the primary metric where it was measured on the way, else None.
+    """
+
+    flops: list[Number]
+    seconds: list[Number]
+    tokens: list[Number]
+    train_loss: list[Number]
+    metric: list[Number] | None = None
+
+
+class Secondary(_Part):
+    """A metric beside the primary one, with its verdict when it was judged."""
+
+    name: str
+    verdict: Verdict | None = None
+    values: dict[str, Number] = Field(default_factory=dict)
+
+
+class Diagnostic(_Part):
+    """A number that says whether a method did its work (mask rate seen, rank, gate opened)."""
+
+    name: str
+    value: float | str | None
+    note: str = ""
+
+
+class Arm(_Part):
+    """One arm. values: metric per seed. ledger: cause -> unit -> total over the arm's seeds."""
+
+    name: str
+    verdict: Verdict | None = None
+    values: dict[str, Number] = Field(default_factory=dict)
+    mean: Number = None
+    ledger: dict[str, dict[str, Number]] = Field(default_factory=dict)
+    curves: dict[str, Curves] = Field(default_factory=dict)
+    status: str = "done"
+    reason: str | None = None
+    recipe_yaml: str = ""
+    secondary: list[Secondary] = Field(default_factory=list)
+    diagnostics: list[Diagnostic] = Field(default_factory=list)
+
+
+class Report(_Part):
+    """Everything a report shows. created: ISO date; arms: the baseline among them."""
+
+    maquette_version: str
+    study_name: str
+    question: str
+    digest: str
+    created: str
+    machine: dict[str, Any]
+    budget: str
+    seeds: list[int]
+    metric: Metric
+    baseline: str
+    arms: list[Arm]
+    held_equal: list[str] = Field(default_factory=list)
+    warnings: list[str] = Field(default_factory=list)
+    rerun: list[str] = Field(default_factory=list)
+    charging: list[Charge] = Field(default_factory=list)
+
+
+def _check(report: Report | Mapping[str, Any]) -> Report:
+    if not isinstance(report, Report):
+        try:
+            report = Report.model_validate(dict(report))
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise BadInput(
+                f"the report does not fit: {first['msg']}",
+                key=".".join(str(part) for part in first["loc"]),
+                mend="give the fields of maquette.study.report.Report",
+            ) from error
+    names = [arm.name for arm in report.arms]
+    if len(set(names)) < len(names):
+        raise BadInput("two arms of the report share a name", key="arms", mend="rename one")
+    if report.baseline not in names:
+        raise BadInput(
+            f"the baseline `{report.baseline}` is not among the arms {names}",
+            key="baseline",
+            mend="name one of them",
+        )
+    return report
+
+
+# Numbers for people ------------------------------------------------------------------------------
+
+
+def quantity(value: float | None, unit: str) -> str:
+    """A cost with its unit and three digits: `1.24 PFLOP`, `3.1M`, `12 MB`, `2 h 05 min`."""
+    if value is None:
+        return "–"
+    if unit == "seconds":
+        return duration(value)
+    if value == 0:
+        return "0"
+    if unit == "flops":
+        steps, tail = ["", "k", "M", "G", "T", "P", "E", "Z", "Y"], "FLOP"
+    elif unit == "bytes":
+        steps, tail = ["", "k", "M", "G", "T", "P"], "B"
+    else:
+        steps, tail = ["", "k", "M", "B", "T"], ""
+    power = min(len(steps) - 1, max(0, math.floor(math.log10(abs(value)) / 3 + 1e-12)))
+    # 999.7 would be written as 1000 of the smaller unit.
+    if power < len(steps) - 1 and float(f"{value / 1000**power:.3g}") >= 1000:
+        power += 1
+    gap = " " if tail else ""
+    return f"{number(value / 1000**power)}{gap}{steps[power]}{tail}"
+
+
+def duration(seconds: float) -> str:
+    """`0.42 s`, `37 s`, `5 min 10 s`, `2 h 05 min`."""
+    if seconds < 60:
+        return f"{number(seconds)} s" if seconds < 59.95 else "1 min 00 s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+# What the templates see ---------------------------------------------------------------------------
+
+
+def _effect_text(verdict: Verdict) -> dict[str, str]:
+    places = places_for((verdict.high - verdict.low) / 2 or abs(verdict.effect))
+    return {
+        "effect": signed(verdict.effect, places),
+        "low": signed(verdict.low, places),
+        "high": signed(verdict.high, places),
+        "level": number(100 * verdict.level),
+        "p": "< 0.001" if verdict.p < 0.001 else f"{verdict.p:.3f}",
+    }
+
+
+def _value_places(report: Report) -> int:
+    """Decimal places for the metric's own values: enough to see its smallest effect."""
+    return places_for(report.metric.smallest_effect)
+
+
+def _arm_view(report: Report, arm: Arm) -> dict[str, Any]:
+    places = _value_places(report)
+    shown = {s: "–" if v is None else f"{v:.{places}f}" for s, v in arm.values.items()}
+    rows = [
+        {"cause": cause, **{u: quantity(units.get(u), u) for u in UNITS}}
+        for cause, units in arm.ledger.items()
+        if any(units.get(u) for u in UNITS)
+    ]
+    total = {
+        u: quantity(math.fsum(x for units in arm.ledger.values() if (x := units.get(u))), u)
+        for u in UNITS
+    }
+    return {
+        "arm": arm,
+        "is_baseline": arm.name == report.baseline,
+        "values": shown,
+        "mean": "–" if arm.mean is None else f"{arm.mean:.{places}f}",
+        "text": _effect_text(arm.verdict) if arm.verdict else None,
+        "slug": arm.verdict.word.replace(" ", "-") if arm.verdict else "none",
+        "ledger": rows,
+        "total": total,
+        "charges": [_charge_view(c) for c in report.charging if c.arm == arm.name],
+        "secondary": [
+            {"name": s.name, "verdict": s.verdict, "text": _effect_text(s.verdict)}
+            for s in arm.secondary
+            if s.verdict
+        ],
+        "values_only": [s for s in arm.secondary if not s.verdict],
+    }
+
+
+def _charge_view(charge: Charge) -> dict[str, Any]:
+    return {
+        "rule": charge.rule,
+        "ratio": f"{charge.ratio:.2f}×" if charge.ratio is not None else "baseline is 0",
+        "equal": charge.equal,
+        "arm_cost": quantity(charge.arm_cost, charge.unit),
+        "baseline_cost": quantity(charge.baseline_cost, charge.unit),
+        "unmetered": charge.unmetered,
+    }
+
+
+def _forest(report: Report) -> str:
+    effects = [
+        plots.Effect(a.name, v.effect, v.low, v.high, v.word)
+        for a in report.arms
+        if (v := a.verdict) is not None
+    ]
+    if not effects:
+        return ""
+    metric = report.metric.name + (f" ({report.metric.unit})" if report.metric.unit else "")
+    return plots.forest(effects, report.metric.smallest_effect, metric, report.metric.direction)
+
+
+def _curve_plots(report: Report) -> tuple[list[str], str]:
+    """The two learning-curve plots, and what they show."""
+    all_runs = [(arm.name, curve) for arm in report.arms for curve in arm.curves.values()]
+    has_metric = any(c.metric and any(m is not None for m in c.metric) for _, c in all_runs)
+    what = report.metric.name if has_metric else "training loss"
+    others = [arm.name for arm in report.arms if arm.name != report.baseline]
+    shown = []
+    for axis, label in (("flops", "FLOPs"), ("seconds", "seconds")):
+        lines = [
+            plots.Curve(name, getattr(c, axis), y)
+            for name, c in all_runs
+            if (y := c.metric if has_metric else c.train_loss)
+        ]
+        svg = plots.curves(lines, report.baseline, others, label, what, f"c-{axis}-")
+        if svg:
+            shown.append(svg)
+    return shown, what
+
+
+def _legend(report: Report) -> list[dict[str, str]]:
+    others = [arm.name for arm in report.arms if arm.name != report.baseline]
+    drawn = {arm.name for arm in report.arms if arm.curves}
+    entries = [{"name": report.baseline, "colour": "--baseline", "line": "dashed"}]
+    entries += [
+        {
+            "name": name,
+            "colour": plots.arm_colour(i),
+            "line": ("solid", "dashed", "dotted")[i // plots.N_COLOURS % 3],
+        }
+        for i, name in enumerate(others)
+    ]
+    return [entry for entry in entries if entry["name"] in drawn]
+
+
+def _charging_notes(report: Report) -> list[str]:
+    notes = []
+    for arm in report.arms:
+        charges = [c for c in report.charging if c.arm == arm.name]
+        if charges and arm.name != report.baseline:
+            notes.append(charging_sentence(charges, arm.name))
+    return notes
+
+
+def _warnings(report: Report) -> list[str]:
+    """The study's warnings, and the failed arms that no warning names."""
+    failed = [
+        f"{arm.name} {arm.status}" + (f": {arm.reason}" if arm.reason else "")
+        for arm in report.arms
+        if arm.status != "done"
+    ]
+    return [*report.warnings, *(f for f in failed if f not in report.warnings)]
+
+
+def _context(report: Report) -> dict[str, Any]:
+    views = [_arm_view(report, arm) for arm in report.arms]
+    return {
+        "r": report,
+        "arms": views,
+        "judged": [v for v in views if v["arm"].verdict],
+        "smallest": number(report.metric.smallest_effect),
+        "seeds": [str(seed) for seed in report.seeds],
+        "warnings": _warnings(report),
+        "charging_notes": _charging_notes(report),
+        "units": UNITS,
+        "n": number,
+    }
+
+
+def _date(text: str) -> str:
+    """The ISO date in words, for people; the text itself when it is none."""
+    try:
+        day = datetime.datetime.fromisoformat(text)
+    except ValueError:
+        return text
+    return f"{day.day} {day:%B %Y}"
+
+
+# Markdown -----------------------------------------------------------------------------------------
+
+
+def markdown_text(value: Any) -> str:
+    """Text made safe inside Markdown: no HTML, no markup, no line breaks, no table bars."""
+    text = " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", text)
+
+
+def fence(text: str) -> str:
+    """A fenced block that the text cannot end early."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    ticks = "`" * max(3, longest + 1)
+    return f"{ticks}\n{text.rstrip()}\n{ticks}"
+
+
+def _environment(*, html: bool) -> Any:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=html,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"md": markdown_text, "fence": fence, "day": _date}
+    return environment
+
+
+def render_html(report: Report) -> str:
+    """The page as text."""
+    import markupsafe
+
+    curves, what = _curve_plots(report)
+    drawn = {
+        # Made by `plots`, which escapes the names in it.
+        "forest": markupsafe.Markup(_forest(report)),
+        "curves": [markupsafe.Markup(svg) for svg in curves],
+        "curves_of": what,
+        "legend": _legend(report),
+        "css": markupsafe.Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
+    }
+    template = _environment(html=True).get_template("report.html.j2")
+    return template.render(**_context(report), **drawn)
+
+
+def render_markdown(report: Report) -> str:
+    """The Markdown text."""
+    return _environment(html=False).get_template("report.md.j2").render(**_context(report))
+
+
+def render(report: Report | Mapping[str, Any], out_dir: Path | str) -> dict[str, Path]:
+    """Write report.html, report.json and report.md into `out_dir`; returns their paths by kind.
+
+    Raises BadInput naming the field when `report` does not fit, or `out_dir` cannot be written.
+    """
+    checked = _check(report)
+    folder = Path(out_dir)
+    paths = {kind: folder / f"report.{kind}" for kind in ("html", "json", "md")}
+    texts: Sequence[tuple[str, str]] = (
+        ("html", render_html(checked)),
+        ("json", atomic.json_text(checked.model_dump(mode="json"))),
+        ("md", render_markdown(checked)),
+    )
+    for kind, text in texts:
+        # Lone surrogates (broken file names) cannot be written as UTF-8.
+        atomic.write_bytes(paths[kind], text.encode("utf-8", errors="replace"))
+    return paths

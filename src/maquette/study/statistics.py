@@ -1,0 +1,369 @@
+"""Paired statistics over (seed, item): effects, intervals, multiple comparisons and power.
+
+An item table has one row per evaluated item: `metric: string`, `item: string`, `value: float64`
+and `weight: float64`. The weight is the item's share in the metric (its bytes for bits per byte, 1
+for accuracy), and the metric of a run is the weighted mean of its items.
+
+The model behind the intervals is d[s, n] = effect + a[s] + b[n] + e[s, n], where a seed's training
+run moves all items together (a), an item answers to the arm in its own way (b), and e is the rest.
+Both seeds and items are samples from something larger, so both enter the standard error.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from scipy import stats
+
+Array = NDArray[np.float64]
+
+MIN_SEEDS = 3
+BOOTSTRAP_SEEDS = 10
+ITEM_COLUMNS = ("metric", "item", "value", "weight")
+# Below this share of the data's own size a spread is rounding, not variation.
+ROUNDING = 1e-12
+# Bootstrap draws are made in blocks of about this many item counts, to bound the memory.
+BLOCK = 4_000_000
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Differences arm - baseline of one metric, aligned by (seed, item).
+
+    d_SN: the differences, shape (S, N); (S, 1) when the items differ between seeds.
+    weights_N: each item's share, shape (N,), summing to 1.
+    baseline_S, arm_S: the metric of each run, one per seed.
+    n_items: items behind a seed's mean (the smallest count when the items differ between seeds).
+    """
+
+    metric: str
+    d_SN: Array
+    weights_N: Array
+    baseline_S: Array
+    arm_S: Array
+    n_items: int
+
+    @property
+    def n_seeds(self) -> int:
+        """How many pairs of runs there are."""
+        return int(self.d_SN.shape[0])
+
+    @property
+    def seed_differences(self) -> Array:
+        """The difference of the metric, one per seed; its standard deviation feeds `power`."""
+        return self.d_SN @ self.weights_N
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An effect (mean difference) with a two-sided confidence interval.
+
+    se: standard error of the effect. df: degrees of freedom of the t quantile.
+    method: `two-way t` or `nested bootstrap`.
+    """
+
+    effect: float
+    low: float
+    high: float
+    se: float
+    df: int
+    method: str
+    level: float = 0.95
+
+
+def _rows(table: pa.Table, metric: str) -> tuple[list[str], Array, Array]:
+    """Items, values and weights of one metric, sorted by item; checked."""
+    missing = [c for c in ITEM_COLUMNS if c not in table.column_names]
+    if missing:
+        raise ValueError(f"an item table needs columns {ITEM_COLUMNS}, missing {missing}")
+    names = np.asarray(table["metric"].to_pylist(), dtype=object)
+    chosen = names == metric
+    if not chosen.any():
+        have = sorted({str(n) for n in names})
+        raise ValueError(f"no row of metric `{metric}` in the item table (it has {have})")
+    items = np.asarray(table["item"].to_pylist(), dtype=object)[chosen]
+    values = np.asarray(table["value"].to_pylist(), dtype=np.float64)[chosen]
+    weights = np.asarray(table["weight"].to_pylist(), dtype=np.float64)[chosen]
+    order = sorted(range(len(items)), key=lambda i: items[i])
+    names_sorted = [str(items[i]) for i in order]
+    values, weights = values[order], weights[order]
+    for left, right in itertools.pairwise(names_sorted):
+        if left == right:
+            raise ValueError(f"item `{left}` of metric `{metric}` appears more than once")
+    if not np.isfinite(values).all():
+        bad = names_sorted[int(np.flatnonzero(~np.isfinite(values))[0])]
+        raise ValueError(f"the value of item `{bad}` of metric `{metric}` is not finite")
+    if not np.isfinite(weights).all() or (weights < 0).any() or weights.sum() <= 0:
+        raise ValueError(f"weights of metric `{metric}` must be finite, >= 0 and not all 0")
+    return names_sorted, values, weights
+
+
+def run_metric(table: pa.Table, metric: str) -> float:
+    """The metric of a run: the weighted mean of its items.
+
+    table: an item table. Raises ValueError when the metric is absent, an item appears twice, or a
+    value is not finite.
+    """
+    _, values, weights = _rows(table, metric)
+    return float(np.average(values, weights=weights))
+
+
+def paired(
+    baseline: Sequence[pa.Table],
+    arm: Sequence[pa.Table],
+    metric: str,
+    *,
+    items_vary: bool = False,
+) -> Paired:
+    """Align the item tables of two arms by (seed, item) and subtract.
+
+    baseline, arm: one item table per seed, in the same order of seeds.
+    items_vary: the items differ from seed to seed, so that only the seeds' means are compared.
+    Raises ValueError naming the counts when seeds or items do not agree.
+    """
+    if len(baseline) != len(arm):
+        raise ValueError(
+            f"baseline has {len(baseline)} seeds and the arm {len(arm)}; a paired comparison "
+            "needs the same seeds on both sides"
+        )
+    if not baseline:
+        raise ValueError(f"a paired comparison needs at least {MIN_SEEDS} seeds, got 0")
+    base_rows = [_rows(table, metric) for table in baseline]
+    arm_rows = [_rows(table, metric) for table in arm]
+    base_S = np.array([np.average(v, weights=w) for _, v, w in base_rows])
+    arm_S = np.array([np.average(v, weights=w) for _, v, w in arm_rows])
+    if items_vary:
+        fewest = min(len(items) for items, _, _ in base_rows + arm_rows)
+        return Paired(metric, (arm_S - base_S)[:, None], np.ones(1), base_S, arm_S, fewest)
+    items, _, weights = base_rows[0]
+    for side, rows in (("baseline", base_rows), ("arm", arm_rows)):
+        for s, (other, _, other_weights) in enumerate(rows):
+            _same_items(metric, items, other, f"{side}, seed number {s}")
+            if not np.allclose(weights, other_weights, rtol=1e-9, atol=0):
+                bad = items[int(np.argmax(np.abs(weights - other_weights)))]
+                raise ValueError(
+                    f"item `{bad}` of metric `{metric}` has another weight in {side}, seed "
+                    f"number {s}, than in the baseline's first seed; weights belong to the item"
+                )
+    d_SN = np.stack([a[1] - b[1] for a, b in zip(arm_rows, base_rows, strict=True)])
+    return Paired(metric, d_SN, weights / weights.sum(), base_S, arm_S, len(items))
+
+
+def _same_items(metric: str, expected: list[str], given: list[str], where: str) -> None:
+    if expected == given:
+        return
+    missing, extra = sorted(set(expected) - set(given)), sorted(set(given) - set(expected))
+    example = (missing + extra)[0]
+    raise ValueError(
+        f"the items of metric `{metric}` do not agree: the baseline's first seed has "
+        f"{len(expected)}, {where} has {len(given)} ({len(missing)} missing, {len(extra)} more, "
+        f"for example `{example}`); if items differ from seed to seed on purpose, say "
+        "items_vary=True"
+    )
+
+
+def _two_way_se(d_SN: Array, w_N: Array) -> float:
+    """Standard error of the weighted mean with random seeds and random items.
+
+    var = var_seeds + var_items - var_rest, the mean-square estimate of a two-way layout (each of
+    the first two contains the rest once), floored at the larger of the single components.
+    """
+    S = d_SN.shape[0]
+    seed_S = d_SN @ w_N
+    effect = seed_S.mean()
+    item_N = d_SN.mean(axis=0)
+    var_seeds = seed_S.var(ddof=1) / S
+    squares = w_N**2
+    # Weighted form of N / (N - 1): E[(x_n - mean)^2] = var * (1 - 2 w_n + sum of w^2).
+    expected = float(squares @ (1 - 2 * w_N + squares.sum()))
+    if expected <= ROUNDING * squares.sum():  # one item carries all the weight
+        return math.sqrt(var_seeds)
+    correction = squares.sum() / expected
+    var_items = correction * float(squares @ (item_N - effect) ** 2)
+    rest_SN = d_SN - seed_S[:, None] - item_N[None, :] + effect
+    var_rest = correction * float(squares @ (rest_SN**2).sum(axis=0)) / ((S - 1) * S)
+    return math.sqrt(max(var_seeds + var_items - var_rest, var_seeds, var_items))
+
+
+def _bootstrap_deviations(d_SN: Array, w_N: Array, draws: int, rng: np.random.Generator) -> Array:
+    """Bootstrap effects minus the effect: seeds resampled, then items, shared by a draw's seeds."""
+    S, N = d_SN.shape
+    wd_SN = d_SN * w_N
+    out = np.empty(draws)
+    block = max(1, BLOCK // N)
+    for start in range(0, draws, block):
+        B = min(block, draws - start)
+        seeds = rng.integers(S, size=(B, S)) + S * np.arange(B)[:, None]
+        seeds_BS = np.bincount(seeds.ravel(), minlength=B * S).reshape(B, S) / S
+        items = rng.integers(N, size=(B, N)) + N * np.arange(B)[:, None]
+        items_BN = np.bincount(items.ravel(), minlength=B * N).reshape(B, N)
+        total_B = items_BN @ w_N
+        # A draw of weightless items alone has no mean; it counts as the whole sample.
+        empty_B = total_B <= 0
+        items_BN[empty_B] = 1
+        total_B = np.where(empty_B, w_N.sum(), total_B)
+        out[start : start + B] = ((seeds_BS @ wd_SN) * items_BN).sum(axis=1) / total_B
+    return out - float((d_SN @ w_N).mean())
+
+
+def two_way_interval(
+    d_SN: Array,
+    weights_N: Array,
+    level: float = 0.95,
+    *,
+    rng: np.random.Generator | None = None,
+    draws: int = 2000,
+    bootstrap: bool | None = None,
+) -> Interval:
+    """Confidence interval of the weighted mean difference when seeds and items are both samples.
+
+    d_SN: differences arm - baseline, shape (S, N), S >= 3. weights_N: shares >= 0, shape (N,).
+    level: coverage in (0, 1). rng, draws: used by the bootstrap.
+    bootstrap: whether to use it; None means from 10 seeds up.
+
+    Below 10 seeds: two-way standard error and a t quantile with S - 1 degrees of freedom; with one
+    item this is the paired t interval. From 10 seeds up: nested bootstrap (seeds, then items),
+    which keeps the skew of the data. Its spread is set to the two-way standard error, because
+    resampling both margins counts the rest e[s, n] three times (Owen, 2007, arXiv:0712.1111), and
+    widened by t / z for the few seeds (Hesterberg, 2015, arXiv:1411.5279).
+    Raises ValueError below 3 seeds, for bad shapes or weights, and when `rng` is missing.
+    """
+    d_SN = np.asarray(d_SN, dtype=np.float64)
+    w_N = np.asarray(weights_N, dtype=np.float64)
+    if d_SN.ndim != 2 or w_N.shape != d_SN.shape[1:] or w_N.size == 0:
+        raise ValueError(f"expected d of shape (S, N) and N weights, got {d_SN.shape}, {w_N.shape}")
+    if not 0 < level < 1:
+        raise ValueError(f"level must be in (0, 1), got {level} (0.95 is usual)")
+    if not np.isfinite(d_SN).all():
+        raise ValueError("the differences contain a value that is not finite")
+    if not np.isfinite(w_N).all() or (w_N < 0).any() or w_N.sum() <= 0:
+        raise ValueError("weights must be finite, >= 0 and not all 0")
+    S = d_SN.shape[0]
+    if S < MIN_SEEDS:
+        raise ValueError(
+            f"an interval needs at least {MIN_SEEDS} seeds, got {S} (with fewer, the spread "
+            "between training runs cannot be told)"
+        )
+    w_N = w_N / w_N.sum()
+    effect = float((d_SN @ w_N).mean())
+    se = _two_way_se(d_SN, w_N)
+    if bootstrap is None:
+        bootstrap = S >= BOOTSTRAP_SEEDS
+    method = "nested bootstrap" if bootstrap else "two-way t"
+    if se <= ROUNDING * float(np.abs(d_SN).max()):
+        return Interval(effect, effect, effect, 0.0, S - 1, method, level)
+    t = float(stats.t.ppf((1 + level) / 2, S - 1))
+    if not bootstrap:
+        return Interval(effect, effect - t * se, effect + t * se, se, S - 1, method, level)
+    if rng is None:
+        raise ValueError(f"{S} seeds use the nested bootstrap, which needs `rng`")
+    if draws < 100:
+        raise ValueError(f"draws must be at least 100, got {draws} (2000 is the default)")
+    deviations = _bootstrap_deviations(d_SN, w_N, draws, rng)
+    widen = se / float(deviations.std()) * t / float(stats.norm.ppf((1 + level) / 2))
+    low, high = np.quantile(deviations, [(1 - level) / 2, (1 + level) / 2]) * widen
+    return Interval(effect, effect + float(low), effect + float(high), se, S - 1, method, level)
+
+
+def p_value(interval: Interval) -> float:
+    """Two-sided p value of "the effect is 0", from its standard error and a t with `df`.
+
+    Without any spread (deterministic arms) it is 1 for a zero effect and 0 for any other.
+    """
+    if interval.se == 0:
+        return 1.0 if interval.effect == 0 else 0.0
+    return float(2 * stats.t.sf(abs(interval.effect) / interval.se, interval.df))
+
+
+def _check_p(p_values: Sequence[float]) -> None:
+    for p in p_values:
+        if not 0 <= p <= 1:
+            raise ValueError(f"a p value must be in [0, 1], got {p}")
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p values (Holm, 1979), in the order given.
+
+    The k-th smallest of m (k from 0) is multiplied by m - k, made non-decreasing and cut at 1.
+    """
+    _check_p(p_values)
+    m = len(p_values)
+    adjusted, largest = [0.0] * m, 0.0
+    for k, i in enumerate(sorted(range(m), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (m - k) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+def holm_levels(p_values: Sequence[float], level: float = 0.95) -> list[float]:
+    """The interval level at which each comparison is decided under Holm's procedure.
+
+    The k-th smallest p of m is decided at 1 - (1 - level) / (m - k); from the first one that is
+    not rejected on, the level stays, so that no later interval excludes 0.
+    """
+    _check_p(p_values)
+    m, alpha = len(p_values), 1 - level
+    levels, stopped = [level] * m, 0.0
+    for k, i in enumerate(sorted(range(m), key=lambda i: p_values[i])):
+        share = stopped or alpha / (m - k)
+        if p_values[i] > share:
+            stopped = share
+        levels[i] = 1 - share
+    return levels
+
+
+def power(sd: float, n_seeds: int, effect: float, level: float = 0.95) -> float:
+    """Probability that a paired t test on seed differences finds a true effect.
+
+    sd: standard deviation of the paired difference between seeds (from A/A runs), >= 0.
+    n_seeds: >= 2. effect: true difference, same unit as sd. Returns a value in [1 - level, 1].
+    """
+    if not (math.isfinite(sd) and sd >= 0):
+        raise ValueError(f"sd must be finite and >= 0, got {sd}")
+    if n_seeds < 2:
+        raise ValueError(f"n_seeds must be at least 2, got {n_seeds}")
+    if effect == 0:
+        return 1 - level
+    shift = math.inf if sd == 0 else abs(effect) * math.sqrt(n_seeds) / sd
+    df = n_seeds - 1
+    t = float(stats.t.ppf((1 + level) / 2, df))
+    # scipy's noncentral t loses precision far out, where the answer is 1 to all digits.
+    if shift > t + 40 * max(1.0, t / math.sqrt(2 * df)):
+        return 1.0
+    return float(stats.nct.sf(t, df, shift) + stats.nct.cdf(-t, df, shift))
+
+
+def seeds_needed(sd: float, effect: float, power: float = 0.8, level: float = 0.95) -> int:
+    """The fewest seeds (at least 3) that find a true effect with the wanted power.
+
+    sd: standard deviation of the paired difference between seeds. effect: not 0, same unit.
+    power: in (0, 1). Raises ValueError when more than a million would be needed.
+    """
+    if effect == 0:
+        raise ValueError("effect must not be 0: no number of seeds can find it")
+    if not 0 < power < 1:
+        raise ValueError(f"power must be in (0, 1), got {power} (0.8 is usual)")
+    enough = MIN_SEEDS
+    while _power(sd, enough, effect, level) < power:
+        enough *= 2
+        if enough > 1_000_000:
+            raise ValueError(
+                f"an effect of {effect} is too small beside a spread of {sd}: over a million seeds"
+            )
+    few = max(MIN_SEEDS - 1, enough // 2)
+    while enough - few > 1:
+        middle = (enough + few) // 2
+        if _power(sd, middle, effect, level) < power:
+            few = middle
+        else:
+            enough = middle
+    return enough
+
+
+_power = power  # `seeds_needed` has an argument of that name

@@ -1,0 +1,525 @@
+"""The store: an SQLite index of studies and runs, and one folder per run.
+
+    home/index.sqlite                       the index (WAL), rebuilt from the folders when lost
+    home/runs/<first two>/<digest>/         run.json, recipe.yaml, ledger.json, metrics.jsonl,
+                                            items.parquet, model/, state/
+    home/studies/<digest>/                  study.yaml, study.json
+
+Several processes may use one store at once. A run is computed by whoever claims its digest; the
+claim of a process that died, or that stopped sending heartbeats from elsewhere, can be taken over.
+WAL needs a file system with shared memory, so processes of different machines must not write to
+one index over a network file system at the same time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import errno
+import json
+import os
+import re
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from maquette import atomic
+from maquette.errors import BadInput, RunFailed
+from maquette.study.alive import birth_mark, is_mine, this_place
+from maquette.study.records import (
+    RunRecord,
+    Status,
+    StudyRecord,
+    dump,
+    read_run,
+    read_study,
+    run_record,
+    study_record,
+)
+
+SCHEMA_VERSION = 1
+STALE_AFTER = 300.0  # seconds without a heartbeat after which a claim from elsewhere is dead
+BUSY_SECONDS = 30.0
+INDEX = "index.sqlite"
+
+SCHEMA = """
+CREATE TABLE studies (
+    digest TEXT PRIMARY KEY, name TEXT NOT NULL, status TEXT NOT NULL, yaml TEXT NOT NULL,
+    created REAL NOT NULL, verdicts TEXT NOT NULL DEFAULT '{}');
+CREATE TABLE runs (
+    digest TEXT PRIMARY KEY, arm TEXT NOT NULL, seed INTEGER NOT NULL,
+    status TEXT NOT NULL CHECK (status IN ('planned', 'running', 'done', 'failed')),
+    reason TEXT, started REAL, finished REAL, machine TEXT NOT NULL DEFAULT '{}',
+    ledger TEXT NOT NULL DEFAULT '{}', metrics TEXT NOT NULL DEFAULT '{}');
+CREATE TABLE study_runs (
+    study TEXT NOT NULL, digest TEXT NOT NULL, arm TEXT NOT NULL, seed INTEGER NOT NULL,
+    PRIMARY KEY (study, digest, arm));
+CREATE TABLE claims (
+    digest TEXT PRIMARY KEY, owner TEXT NOT NULL, place TEXT NOT NULL, pid INTEGER NOT NULL,
+    born TEXT NOT NULL, heartbeat REAL NOT NULL);
+"""
+
+
+def default_home() -> Path:
+    """The store folder: MAQUETTE_HOME, else ~/.maquette."""
+    given = os.environ.get("MAQUETTE_HOME")
+    return Path(given).expanduser() if given else Path.home() / ".maquette"
+
+
+class Store:
+    """Studies and runs on disk. Each call opens its own connection, so threads and forks are safe.
+
+    home: the folder; MAQUETTE_HOME or ~/.maquette when None; made when missing.
+    read_only: only look; works in a folder one may not write to.
+    check: run SQLite's quick check of the index first.
+    Raises BadInput for an index that is damaged, written by a newer Maquette, or not writable.
+    """
+
+    def __init__(
+        self,
+        home: Path | str | None = None,
+        *,
+        read_only: bool = False,
+        check: bool = True,
+        stale_after: float = STALE_AFTER,
+    ) -> None:
+        self.home = Path(home).expanduser() if home is not None else default_home()
+        self.read_only = read_only
+        self.stale_after = stale_after
+        self.index = self.home / INDEX
+        if read_only:
+            if not self.index.is_file():
+                raise BadInput(
+                    "there is no store here", where=self.home, mend="name another --home, or run"
+                )
+        else:
+            with atomic.explained(self.home):
+                self.home.mkdir(parents=True, exist_ok=True)
+                if not _writable(self.home, os.W_OK | os.X_OK):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            if self.index.exists() and not _writable(self.index, os.W_OK):
+                raise self._read_only_error()
+        self._prepare(check)
+
+    def _read_only_error(self) -> BadInput:
+        return BadInput(
+            "the store is read-only",
+            where=self.home,
+            mend="give yourself write permission, or point MAQUETTE_HOME (--home) to a folder of "
+            "yours",
+        )
+
+    def _prepare(self, check: bool) -> None:
+        """Check the index, or make it; a lost index is rebuilt from the folders."""
+        with self._connection(write=False) as db:
+            version = int(db.execute("PRAGMA user_version").fetchone()[0])
+            if version > SCHEMA_VERSION:
+                raise BadInput(
+                    f"the store has format {version}, this Maquette reads formats up to "
+                    f"{SCHEMA_VERSION}",
+                    where=self.index,
+                    mend="pip install -U maquette, or point MAQUETTE_HOME (--home) elsewhere",
+                )
+            if check and version:
+                found = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+                if found != "ok":
+                    raise self._damaged(found)
+        if version == 0:
+            if self.read_only:
+                raise BadInput("the store has no tables", where=self.index, mend="name another")
+            self._create()
+
+    def _create(self) -> None:
+        self._write_ahead()
+        with self._connection(write=True) as db:
+            if int(db.execute("PRAGMA user_version").fetchone()[0]) == 0:
+                for statement in SCHEMA.split(";"):
+                    if statement.strip():
+                        db.execute(statement)
+                self._fill(db)
+                db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+
+    def _write_ahead(self) -> None:
+        """Switch the index to WAL; two processes that switch at once do not wait by themselves."""
+        deadline = time.monotonic() + BUSY_SECONDS
+        while True:
+            try:
+                with contextlib.closing(self._open()) as db:
+                    db.execute("PRAGMA journal_mode=WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise self._explain(error) from error
+                time.sleep(0.02)
+
+    def _damaged(self, detail: str) -> BadInput:
+        return BadInput(
+            f"the index is damaged ({detail})",
+            where=self.index,
+            mend=f"delete {self.index} and the -wal and -shm files beside it; the next command "
+            "rebuilds the index from the run folders",
+        )
+
+    def _open(self) -> sqlite3.Connection:
+        if not self.read_only:
+            return sqlite3.connect(self.index, timeout=BUSY_SECONDS, isolation_level=None)
+        uri = self.index.resolve().as_uri()
+        db = sqlite3.connect(f"{uri}?mode=ro", uri=True, timeout=BUSY_SECONDS, isolation_level=None)
+        try:
+            db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        except sqlite3.OperationalError:
+            # WAL wants to make files beside the index; where it may not, nobody else writes.
+            db.close()
+            return sqlite3.connect(f"{uri}?mode=ro&immutable=1", uri=True, isolation_level=None)
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    @contextlib.contextmanager
+    def _connection(self, *, write: bool) -> Iterator[sqlite3.Connection]:
+        """A connection, in one immediate transaction when writing; errors are explained."""
+        if write and self.read_only:
+            raise self._read_only_error()
+        try:
+            with contextlib.closing(self._open()) as db:
+                db.row_factory = sqlite3.Row
+                if not write:
+                    yield db
+                    return
+                db.execute("PRAGMA synchronous=FULL")
+                db.execute("BEGIN IMMEDIATE")
+                try:
+                    yield db
+                    db.execute("COMMIT")
+                except BaseException:
+                    with contextlib.suppress(sqlite3.Error):
+                        db.execute("ROLLBACK")
+                    raise
+        except sqlite3.OperationalError as error:
+            raise self._explain(error) from error
+        except sqlite3.DatabaseError as error:
+            raise self._damaged(str(error)) from error
+
+    def _explain(self, error: sqlite3.OperationalError) -> BadInput | RunFailed:
+        text = str(error)
+        if "readonly" in text or "unable to open" in text:
+            return self._read_only_error()
+        if "full" in text:
+            mend = "free some disk space, or point MAQUETTE_HOME (--home) to a larger disk"
+        elif "locked" in text:
+            mend = "another process has held the store for long; end it, or try again"
+        else:
+            mend = "check the disk"
+        return RunFailed(f"the index cannot be used ({text})", where=self.index, mend=mend)
+
+    # Folders ------------------------------------------------------------------------------------
+
+    def run_dir(self, digest: str) -> Path:
+        """The folder of a run (which may not exist yet)."""
+        return self.home / "runs" / _checked(digest)[:2] / digest
+
+    def study_dir(self, digest: str) -> Path:
+        """The folder of a study (which may not exist yet)."""
+        return self.home / "studies" / _checked(digest)
+
+    # Runs ---------------------------------------------------------------------------------------
+
+    def plan(
+        self, digest: str, *, arm: str, seed: int, recipe_yaml: str, study: str | None = None
+    ) -> None:
+        """Record a run that is to be computed, and link it to a study; again is harmless."""
+        recipe = self.run_dir(digest) / "recipe.yaml"
+        if not self.read_only and not recipe.exists():
+            atomic.write_text(recipe, recipe_yaml)
+        with self._connection(write=True) as db:
+            db.execute(
+                "INSERT OR IGNORE INTO runs (digest, arm, seed, status) "
+                "VALUES (?, ?, ?, 'planned')",
+                (digest, arm, seed),
+            )
+            if study is not None:
+                db.execute(
+                    "INSERT OR IGNORE INTO study_runs VALUES (?, ?, ?, ?)",
+                    (_checked(study), digest, arm, seed),
+                )
+        self._mirror_run(digest)
+        if study is not None:
+            self._mirror_study(study)
+
+    def claim(self, digest: str, owner: str) -> bool:
+        """Try to become the only process that computes `digest`; False when it is taken or done.
+
+        owner: a name for people, in this process. Claiming again what one holds is True.
+        Raises BadInput when the run was never planned.
+        """
+        pid, born, place = os.getpid(), birth_mark(os.getpid()) or "unknown", this_place()
+        with self._connection(write=True) as db:
+            run = db.execute("SELECT status FROM runs WHERE digest=?", (digest,)).fetchone()
+            if run is None:
+                raise BadInput(f"run `{digest}` was never planned", where=self.home, mend="plan it")
+            if run["status"] == "done":
+                return False
+            held = db.execute("SELECT * FROM claims WHERE digest=?", (digest,)).fetchone()
+            if held is not None:
+                if is_mine(held):
+                    return bool(held["owner"] == owner)
+                if self._alive(held):
+                    return False
+            now = time.time()
+            db.execute(
+                "INSERT OR REPLACE INTO claims VALUES (?, ?, ?, ?, ?, ?)",
+                (digest, owner, place, pid, born, now),
+            )
+            db.execute(
+                "UPDATE runs SET status='running', reason=NULL, finished=NULL, "
+                "started=COALESCE(started, ?) WHERE digest=?",
+                (now, digest),
+            )
+        self._mirror_run(digest)
+        return True
+
+    def _alive(self, claim: sqlite3.Row) -> bool:
+        """In the same place the process is asked for; elsewhere the heartbeat tells."""
+        if claim["place"] == this_place():
+            return birth_mark(claim["pid"]) == claim["born"]
+        return bool(time.time() - claim["heartbeat"] < self.stale_after)
+
+    def heartbeat(self, digest: str) -> None:
+        """Say that the claimed run is alive; send it well within `stale_after` seconds.
+
+        Raises RunFailed when this process does not hold the claim any more.
+        """
+        with self._connection(write=True) as db:
+            self._hold(db, digest)
+            db.execute("UPDATE claims SET heartbeat=? WHERE digest=?", (time.time(), digest))
+
+    def _hold(self, db: sqlite3.Connection, digest: str) -> None:
+        held = db.execute("SELECT * FROM claims WHERE digest=?", (digest,)).fetchone()
+        if held is None or not is_mine(held):
+            by = f"; `{held['owner']}` holds it" if held is not None else ""
+            raise RunFailed(
+                f"this process does not hold the claim on run `{digest}`{by}",
+                where=self.home,
+                mend="claim the run before computing it; let other processes finish theirs",
+            )
+
+    def finish(
+        self,
+        digest: str,
+        *,
+        ledger: Mapping[str, Mapping[str, float]],
+        metrics: Mapping[str, Any],
+        items: pa.Table | None = None,
+        machine: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Record a claimed run as done, with what it cost and measured, and release the claim.
+
+        The files are written first, so a run that the index calls done is complete on disk.
+        """
+        with self._connection(write=True) as db:
+            self._hold(db, digest)
+            folder = self.run_dir(digest)
+            atomic.write_json(folder / "ledger.json", ledger)
+            if items is not None:
+                write_table(folder / "items.parquet", items)
+            db.execute(
+                "UPDATE runs SET status='done', reason=NULL, finished=?, machine=?, ledger=?, "
+                "metrics=? WHERE digest=?",
+                (time.time(), dump(machine or {}), dump(ledger), dump(metrics), digest),
+            )
+            self._write_run(db, digest)
+            db.execute("DELETE FROM claims WHERE digest=?", (digest,))
+
+    def fail(self, digest: str, reason: str) -> None:
+        """Record a claimed run as failed, with the reason, and release the claim."""
+        with self._connection(write=True) as db:
+            self._hold(db, digest)
+            db.execute(
+                "UPDATE runs SET status='failed', reason=?, finished=? WHERE digest=?",
+                (reason, time.time(), digest),
+            )
+            self._write_run(db, digest)
+            db.execute("DELETE FROM claims WHERE digest=?", (digest,))
+
+    def run(self, digest: str) -> RunRecord:
+        """One run by its full digest; BadInput when unknown."""
+        with self._connection(write=False) as db:
+            row = db.execute("SELECT * FROM runs WHERE digest=?", (digest,)).fetchone()
+        if row is None:
+            raise self._unknown(digest, [r.digest for r in self.list_runs()], "run")
+        return run_record(row)
+
+    def items(self, digest: str) -> pa.Table:
+        """The item table of a finished run; BadInput when it is missing or damaged."""
+        import pyarrow.parquet as pq
+
+        file = self.run_dir(digest) / "items.parquet"
+        if not file.is_file():
+            raise BadInput(
+                f"run `{digest}` has no items", where=file, mend="run it again: it did not finish"
+            )
+        try:
+            return pq.read_table(file)
+        except (OSError, pa.ArrowException) as error:
+            raise BadInput(
+                f"the items cannot be read ({error})", where=file, mend="run it again"
+            ) from error
+
+    def list_runs(self, study: str | None = None, status: Status | None = None) -> list[RunRecord]:
+        """Runs, oldest first; of one study and one status when given."""
+        query, values = "SELECT runs.* FROM runs", []
+        wheres = []
+        if study is not None:
+            wheres.append("digest IN (SELECT digest FROM study_runs WHERE study=?)")
+            values.append(study)
+        if status is not None:
+            wheres.append("status=?")
+            values.append(status)
+        if wheres:
+            query += " WHERE " + " AND ".join(wheres)
+        with self._connection(write=False) as db:
+            rows = db.execute(query + " ORDER BY runs.rowid", values).fetchall()
+        return [run_record(row) for row in rows]
+
+    # Studies ------------------------------------------------------------------------------------
+
+    def save_study(self, digest: str, yaml: str, status: str, *, name: str = "") -> None:
+        """Record a study, or change its status; the text of a known study never changes."""
+        with self._connection(write=True) as db:
+            db.execute(
+                "INSERT INTO studies (digest, name, status, yaml, created) VALUES (?, ?, ?, ?, ?) "
+                "ON CONFLICT (digest) DO UPDATE SET status=excluded.status",
+                (_checked(digest), name or digest[:12], status, yaml, time.time()),
+            )
+        self._mirror_study(digest)
+
+    def save_verdict(self, study: str, arm: str, verdict: Mapping[str, Any]) -> None:
+        """Record the verdict of one arm of a study."""
+        with self._connection(write=True) as db:
+            row = db.execute("SELECT verdicts FROM studies WHERE digest=?", (study,)).fetchone()
+            if row is None:
+                raise BadInput(f"study `{study}` is not in the store", where=self.home, mend="save")
+            verdicts = json.loads(row["verdicts"]) | {arm: dict(verdict)}
+            db.execute("UPDATE studies SET verdicts=? WHERE digest=?", (dump(verdicts), study))
+        self._mirror_study(study)
+
+    def list_studies(self) -> list[StudyRecord]:
+        """Studies, oldest first, with their verdicts and runs."""
+        with self._connection(write=False) as db:
+            rows = db.execute("SELECT * FROM studies ORDER BY rowid").fetchall()
+            return [study_record(db, row) for row in rows]
+
+    def find(self, prefix: str, kind: Literal["run", "study"] = "run") -> str:
+        """The full digest that begins with `prefix`; BadInput when none or several do."""
+        table = "runs" if kind == "run" else "studies"
+        with self._connection(write=False) as db:
+            known = [r["digest"] for r in db.execute(f"SELECT digest FROM {table} ORDER BY digest")]
+        matches = [digest for digest in known if prefix and digest.startswith(prefix)]
+        if prefix in matches or len(matches) == 1:
+            return prefix if prefix in matches else matches[0]
+        if not matches:
+            raise self._unknown(prefix, known, kind)
+        shown = ", ".join(digest[: len(prefix) + 6] for digest in matches[:4])
+        raise BadInput(
+            f"`{prefix}` begins {len(matches)} {kind} digests: {shown}",
+            where=self.home,
+            mend="give more letters",
+        )
+
+    def _unknown(self, prefix: str, known: list[str], kind: str) -> BadInput:
+        heads = {digest[: max(len(prefix), 1)]: digest for digest in known}
+        near = difflib.get_close_matches(prefix, heads, n=1, cutoff=0.5)
+        listing = "`maquette ls studies`" if kind == "study" else "`maquette ls runs`"
+        mend = (
+            f"did you mean `{heads[near[0]][:12]}`? {listing} lists all"
+            if near
+            else (f"{listing} lists all ({len(known)})")
+        )
+        return BadInput(f"no {kind} begins with `{prefix}`", where=self.home, mend=mend)
+
+    # The index beside the folders -----------------------------------------------------------------
+
+    def _mirror_run(self, digest: str) -> None:
+        with self._connection(write=True) as db:
+            self._write_run(db, digest)
+
+    def _write_run(self, db: sqlite3.Connection, digest: str) -> None:
+        # Written inside a transaction, so that two processes cannot leave the older state last.
+        row = db.execute("SELECT * FROM runs WHERE digest=?", (digest,)).fetchone()
+        atomic.write_json(self.run_dir(digest) / "run.json", asdict(run_record(row)))
+
+    def _mirror_study(self, digest: str) -> None:
+        with self._connection(write=True) as db:
+            row = db.execute("SELECT * FROM studies WHERE digest=?", (digest,)).fetchone()
+            if row is None:  # linked by `plan` before `save_study`
+                return
+            record = study_record(db, row)
+            folder = self.study_dir(digest)
+            atomic.write_text(folder / "study.yaml", record.yaml)
+            atomic.write_json(folder / "study.json", asdict(record))
+
+    def rebuild_index(self) -> int:
+        """Refill the index from the run and study folders; returns how many runs were found.
+
+        A folder whose run.json is missing or damaged is left out. Living claims are kept.
+        """
+        with self._connection(write=True) as db:
+            return self._fill(db)
+
+    def _fill(self, db: sqlite3.Connection) -> int:
+        claimed = {r["digest"] for r in db.execute("SELECT * FROM claims") if self._alive(r)}
+        for table in ("studies", "runs", "study_runs"):
+            db.execute(f"DELETE FROM {table}")
+        records = [r for f in self.home.glob("runs/*/*/run.json") if (r := read_run(f))]
+        for run in sorted(records, key=lambda r: (r.started or float("inf"), r.digest)):
+            # Who was running when the index was lost is not known; the run can be claimed again.
+            status = "planned" if run.status == "running" and run.digest not in claimed else None
+            db.execute(
+                "INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    *(run.digest, run.arm, run.seed, status or run.status, run.reason),
+                    *(run.started, run.finished),
+                    *(dump(value) for value in (run.machine, run.ledger, run.metrics)),
+                ),
+            )
+        studies = [s for f in self.home.glob("studies/*/study.json") if (s := read_study(f))]
+        for study in sorted(studies, key=lambda s: (s.created, s.digest)):
+            db.execute(
+                "INSERT INTO studies VALUES (?, ?, ?, ?, ?, ?)",
+                (
+                    *(study.digest, study.name, study.status, study.yaml, study.created),
+                    dump(study.verdicts),
+                ),
+            )
+            db.executemany(
+                "INSERT INTO study_runs VALUES (?, ?, ?, ?)",
+                [(study.digest, *link) for link in study.runs],
+            )
+        return len(records)
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write an Arrow table as Parquet, whole or not at all."""
+    import pyarrow.parquet as pq
+
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    atomic.write_bytes(path, sink.getvalue().to_pybytes())
+
+
+def _writable(path: Path, mode: int) -> bool:
+    """Whether this process, under the rights it has now, may write to `path`."""
+    return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
+
+
+def _checked(digest: str) -> str:
+    """Digests name folders, so nothing but letters and digits may be in them."""
+    if not re.fullmatch(r"[0-9A-Za-z]{4,128}", digest):
+        raise BadInput(f"`{digest}` is no digest", mend="a digest has 4 to 128 letters and digits")
+    return digest

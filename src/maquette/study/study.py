@@ -1,0 +1,245 @@
+"""A study: arms, budget, seeds, metric and decision rule, written down before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from maquette.config import Frozen, deep_merge, load_yaml, set_dotted, validate
+from maquette.errors import BadInput, did_you_mean
+from maquette.parts import Audit
+from maquette.recipe import RECIPE_KEYS, Recipe, digest, parse_recipe
+from maquette.study.statistics import MIN_SEEDS
+
+DEFAULT_SEEDS = 5
+STUDY_KEYS = ("question", "seeds", "metric", "baseline", "arms", "amortise_over", "notes")
+_LOSS_NAMES = frozenset({"loss", "train_loss", "training_loss", "held_out_loss"})
+
+
+class Metric(Frozen):
+    """The primary metric and the smallest effect of interest, absolute or like `1%`."""
+
+    name: str
+    smallest_effect: float | str = Field("1%")
+
+
+@dataclass(frozen=True)
+class Study:
+    """A question with everything needed to answer it; frozen once it has a digest.
+
+    seeds: root seeds; arms are paired by them. amortise_over: models expected to share what is
+    paid once, for the `amortised` charging rule.
+    """
+
+    name: str
+    question: str
+    arms: Mapping[str, Recipe]
+    baseline: str
+    metric: Metric
+    seeds: tuple[int, ...]
+    amortise_over: float = 1.0
+    notes: str = ""
+    where: str = ""
+
+    def spec(self) -> dict[str, Any]:
+        """Plain data with every default written out."""
+        return {
+            "question": self.question,
+            "seeds": list(self.seeds),
+            "metric": self.metric.model_dump(),
+            "baseline": self.baseline,
+            "amortise_over": self.amortise_over,
+            "arms": {name: recipe.spec() for name, recipe in self.arms.items()},
+        }
+
+    @property
+    def digest(self) -> str:
+        return digest("study", {k: v for k, v in self.spec().items() if k != "question"})
+
+    def audit_of(self, metric: str, arm: str) -> Audit:
+        """The audit of an arm that gives this metric; BadInput when none does."""
+        for audit in self.arms[arm].evaluate:
+            if metric in audit.metric_directions():
+                return audit
+        given = {m for audit in self.arms[arm].evaluate for m in audit.metric_directions()}
+        raise BadInput(
+            f"no evaluation of arm `{arm}` gives the metric `{metric}`",
+            where=self.where or None,
+            key="metric.name",
+            mend=did_you_mean(metric, given) if given else "name an evaluation under `evaluate`",
+        )
+
+    def direction(self, metric: str) -> Literal["higher", "lower"]:
+        return self.audit_of(metric, self.baseline).metric_directions()[metric]
+
+    def metrics(self) -> list[str]:
+        """Metrics every arm gives: the primary first, then the others by name."""
+        per_arm = [
+            {m for audit in recipe.evaluate for m in audit.metric_directions()}
+            for recipe in self.arms.values()
+        ]
+        shared = set.intersection(*per_arm)
+        return [self.metric.name, *sorted(shared - {self.metric.name})]
+
+
+def parse_study(data: Mapping[str, Any], *, name: str, where: object = None) -> Study:
+    """A study from plain data. Every key that is not the study's own is a recipe key of all arms.
+
+    Raises BadInput for unknown keys, fewer than three seeds, a missing baseline, and arms that
+    cannot be compared.
+    """
+    shared = {k: v for k, v in data.items() if k not in STUDY_KEYS}
+    for key in shared:
+        if key not in RECIPE_KEYS:
+            raise BadInput(
+                f"unknown key `{key}`",
+                where=where,
+                key=key,
+                mend=did_you_mean(key, [*STUDY_KEYS, *RECIPE_KEYS]),
+            )
+    arms = data.get("arms")
+    if not isinstance(arms, Mapping) or len(arms) < 2:
+        raise BadInput("a study needs at least two arms", where=where, key="arms")
+    recipes = {str(arm): _parse_arm(shared, str(arm), over, where) for arm, over in arms.items()}
+    # One tokenizer for all arms: what any of them reserves, all of them do.
+    reserved = sorted({t for r in recipes.values() for s in r.stages for t in s.special_tokens})
+    recipes = {arm: recipe.with_special_tokens(reserved) for arm, recipe in recipes.items()}
+    baseline = str(data.get("baseline", next(iter(recipes))))
+    if baseline not in recipes:
+        raise BadInput(
+            f"the baseline `{baseline}` is no arm",
+            where=where,
+            key="baseline",
+            mend=did_you_mean(baseline, recipes),
+        )
+    metric = data.get("metric")
+    if metric is None:
+        raise BadInput(
+            "`metric` is required",
+            where=where,
+            key="metric",
+            mend="metric: {name: bits-per-byte, smallest_effect: 0.5%}",
+        )
+    metric = {"name": metric} if isinstance(metric, str) else metric
+    study = Study(
+        name=name,
+        question=str(data.get("question", "")),
+        arms=recipes,
+        baseline=baseline,
+        metric=validate(Metric, metric, where=where, key="metric"),
+        seeds=_parse_seeds(data.get("seeds", DEFAULT_SEEDS), where),
+        amortise_over=float(data.get("amortise_over", 1)),
+        notes=str(data.get("notes", "")),
+        where=str(where or ""),
+    )
+    check_comparable(study)
+    return study
+
+
+def _parse_arm(shared: Mapping[str, Any], arm: str, over: object, where: object) -> Recipe:
+    if over is None:
+        over = {}
+    if not isinstance(over, Mapping):
+        raise BadInput(
+            f"an arm is a mapping of recipe keys, got {over!r}",
+            where=where,
+            key=f"arms.{arm}",
+            mend=f"{arm}: {{objective: {over}}}",
+        )
+    try:
+        return parse_recipe(deep_merge(shared, over), where=where)
+    except BadInput as error:
+        inside = (error.key or "").split(".")[0] in over
+        error.key = f"arms.{arm}.{error.key}" if inside else error.key
+        raise
+
+
+def _parse_seeds(value: object, where: object) -> tuple[int, ...]:
+    if isinstance(value, int) and not isinstance(value, bool):
+        seeds: tuple[int, ...] = tuple(range(value))
+    elif isinstance(value, Sequence) and all(isinstance(v, int) for v in value):
+        seeds = tuple(value)
+    else:
+        raise BadInput(f"a number or a list of numbers, got {value!r}", where=where, key="seeds")
+    if len(set(seeds)) < MIN_SEEDS or len(set(seeds)) != len(seeds):
+        raise BadInput(
+            f"needs at least {MIN_SEEDS} different seeds, got {len(set(seeds))}",
+            where=where,
+            key="seeds",
+            mend="5 is the default: with fewer, only large effects are told from noise",
+        )
+    return seeds
+
+
+def check_comparable(study: Study) -> None:
+    """Refuse a study whose arms' numbers would not mean the same."""
+    where, name = study.where or None, study.metric.name
+    objectives = {recipe.last.objective.spec()["type"] for recipe in study.arms.values()}
+    if name in _LOSS_NAMES:
+        several = f" of {', '.join(sorted(objectives))}" if len(objectives) > 1 else ""
+        raise BadInput(
+            f"the metric is the training loss{several}, which cannot be compared",
+            where=where,
+            key="metric.name",
+            mend="bits-per-byte for language models, a probe for encoders",
+        )
+    base = study.arms[study.baseline].last.workload
+    for arm, recipe in study.arms.items():
+        study.audit_of(name, arm)
+        workload = recipe.last.workload
+        for field in ("corpus", "held_out_fraction"):
+            if getattr(workload, field, None) != getattr(base, field, None):
+                raise BadInput(
+                    f"`{arm}` is evaluated on another {field} than `{study.baseline}`",
+                    where=where,
+                    key=f"arms.{arm}.workload.{field}",
+                    mend="change the training part only: `data`, `feed` or an earlier stage",
+                )
+        if type(workload) is not type(base):
+            raise BadInput(
+                f"`{arm}` is a `{type(workload).type}`, `{study.baseline}` a `{type(base).type}`",
+                where=where,
+                key=f"arms.{arm}.workload",
+                mend="compare arms of one workload",
+            )
+
+
+# --- finding studies -----------------------------------------------------------------------------
+
+
+def built_in() -> dict[str, Path]:
+    """The studies that come with Maquette, by name."""
+    folder = Path(str(resources.files("maquette.studies")))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def locate(name: str) -> Path:
+    """The file of a study or recipe: a path, or the name of a built-in one."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        return path
+    known = built_in()
+    if name not in known:
+        raise BadInput(
+            f"there is no study `{name}`",
+            mend=f"{did_you_mean(name, known)}; or give the path of a YAML file",
+        )
+    return known[name]
+
+
+def load_study(name: str, overrides: Sequence[str] = ()) -> Study:
+    """A study by built-in name or path, with `key=value` overrides."""
+    path = locate(name)
+    data = load_yaml(path)
+    for assignment in overrides:
+        data = set_dotted(data, assignment)
+    if "arms" not in data:
+        raise BadInput(
+            "has no `arms`", where=path, mend=f"a recipe is run by `maquette run {name}`"
+        )
+    return parse_study(data, name=path.stem, where=path)

@@ -1,0 +1,219 @@
+"""The decision rule and the charging rules, case by case."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from maquette.study.statistics import Interval, Paired
+from maquette.study.verdict import (
+    charged,
+    charging_sentence,
+    cost,
+    decide,
+    judge,
+    number,
+    resolve_smallest_effect,
+    rules_disagree,
+    word_of,
+)
+
+
+def interval(low: float, high: float) -> Interval:
+    return Interval((low + high) / 2, low, high, (high - low) / 5.552, 4, "two-way t")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "higher", "lower"),
+    [
+        (0.02, 0.05, "helps", "hurts"),
+        (-0.05, -0.02, "hurts", "helps"),
+        (-0.01, 0.01, "no difference", "no difference"),
+        (0.001, 0.009, "no difference", "no difference"),  # sure, and too small to matter
+        (0.001, 0.02, "helps", "hurts"),
+        (-0.02, 0.005, "undecided", "undecided"),
+        (0.0, 0.02, "undecided", "undecided"),  # 0 is not excluded
+        (-0.5, 0.5, "undecided", "undecided"),
+    ],
+)
+def test_the_rule(low: float, high: float, higher: str, lower: str) -> None:
+    assert word_of(interval(low, high), "higher", 0.01) == higher
+    assert word_of(interval(low, high), "lower", 0.01) == lower
+
+
+def test_smallest_effect_is_a_size_or_a_share_of_the_baseline() -> None:
+    assert resolve_smallest_effect(0.01, 2.0) == 0.01
+    assert resolve_smallest_effect("0.01", 2.0) == 0.01
+    assert resolve_smallest_effect("1%", 2.0) == pytest.approx(0.02)
+    assert resolve_smallest_effect("1 %", -2.0) == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize("given", ["one", "-1%", -0.1, "nan", "%", float("inf")])
+def test_other_smallest_effects_are_refused(given: float | str) -> None:
+    with pytest.raises(ValueError, match="smallest_effect must be"):
+        resolve_smallest_effect(given, 1.0)
+
+
+def test_a_share_of_zero_is_refused() -> None:
+    with pytest.raises(ValueError, match="baseline that is 0"):
+        resolve_smallest_effect("1%", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "parts"),
+    [
+        (-0.042, -0.020, ("electra helps", "lowers bits_per_byte by 0.031", "−0.042 to −0.020")),
+        (0.020, 0.042, ("electra hurts", "raises bits_per_byte by 0.031", "+0.020 to +0.042")),
+        (-0.004, 0.002, ("makes no difference", "within ±0.01", "−0.0040 to +0.0020")),
+        (-0.04, 0.02, ("is undecided", "beyond ±0.01 possible", "−0.010")),
+    ],
+)
+def test_the_sentence_carries_the_numbers(low: float, high: float, parts: tuple[str, ...]) -> None:
+    verdict = decide(
+        interval(low, high),
+        metric="bits_per_byte",
+        direction="lower",
+        smallest_effect=0.01,
+        baseline_mean=1.9,
+        n_seeds=5,
+        n_items=200,
+        arm="electra",
+        baseline="causal",
+    )
+    for part in (*parts, "95% interval", "5 seeds, 200 items each", "causal"):
+        assert part in verdict.sentence
+    assert verdict.sentence.endswith(".")
+    assert verdict.sentence.count("\n") == 0
+
+
+def pair(differences: list[float]) -> Paired:
+    d = np.array(differences)
+    return Paired("bits", d[:, None], np.ones(1), np.ones(len(d)), 1 + d, 1)
+
+
+def test_one_arm_is_judged_by_its_paired_t_interval() -> None:
+    d = [-0.05, -0.03, -0.04, -0.06, -0.02]
+    verdict = judge(
+        {"a": pair(d)}, direction="lower", smallest_effect=0.001, rng=np.random.default_rng(0)
+    )["a"]
+    low, high = stats.ttest_1samp(d, 0).confidence_interval(0.95)
+    assert verdict.word == "helps"
+    assert (verdict.low, verdict.high) == pytest.approx((low, high))
+    assert verdict.p == pytest.approx(stats.ttest_1samp(d, 0).pvalue)
+
+
+def test_many_arms_are_judged_at_stricter_levels() -> None:
+    # p is about 0.03: enough alone, not enough as the best of three.
+    d = [-0.01, -0.05, -0.02, -0.06, -0.02]
+    assert 0.05 / 3 < stats.ttest_1samp(d, 0).pvalue < 0.05
+    noise = [0.03, -0.02, 0.01, -0.03, 0.02]
+
+    def word(names: list[str]) -> str:
+        arms = {name: pair(d if name == "a" else noise) for name in names}
+        return judge(arms, direction="lower", smallest_effect=0.0, rng=np.random.default_rng(0))[
+            "a"
+        ].word
+
+    assert word(["a"]) == "helps"
+    assert word(["a", "b", "c"]) == "undecided"
+
+
+def test_the_bootstrap_does_not_depend_on_the_other_arms_names() -> None:
+    rng = np.random.default_rng(1)
+    arms = {name: pair(rng.normal(size=12).tolist()) for name in "ab"}
+    first, second = (
+        judge(arms, direction="lower", smallest_effect=0.1, rng=np.random.default_rng(2))
+        for _ in range(2)
+    )
+    assert first == second
+
+
+def test_arms_with_different_metrics_are_not_judged_together() -> None:
+    other = Paired("accuracy", np.ones((3, 1)), np.ones(1), np.ones(3), np.ones(3), 1)
+    with pytest.raises(ValueError, match="share one metric"):
+        judge(
+            {"a": pair([1, 2, 3]), "b": other},
+            direction="lower",
+            smallest_effect=0,
+            rng=np.random.default_rng(0),
+        )
+
+
+LEDGER = {
+    "train": {"flops": 100.0, "seconds": 7.0},
+    "teacher": {"flops": 20.0, "seconds": 2.0},
+    "generator": {"flops": 10.0, "seconds": 1.0},
+    "scorer": {"flops": 40.0, "seconds": 4.0},
+    "rewrite": {"flops": 30.0, "seconds": 3.0},
+    "probe": {"flops": 10.0, "seconds": 1.0},
+    "evaluation": {"flops": 1000.0, "seconds": 99.0},
+}
+
+
+def test_costs_by_hand_under_each_rule() -> None:
+    assert cost(LEDGER, "train-only") == 100
+    assert cost(LEDGER, "all") == 210  # everything but evaluation
+    assert cost(LEDGER, "amortised", amortise_over=8) == 100 + 30 + 80 / 8
+    assert cost(LEDGER, "all", unit="seconds") == 18
+
+
+def test_the_rules_disagree_when_a_one_off_cost_is_forgotten_by_one_of_them() -> None:
+    baseline = {"train": {"flops": 100.0}}
+    arm = {"train": {"flops": 100.0}, "scorer": {"flops": 50.0}}
+    charges = charged(arm, baseline, amortise_over=50)
+    assert {c.rule: c.ratio for c in charges} == {
+        "all": 1.5,
+        "amortised": pytest.approx(1.01),
+        "train-only": 1.0,
+    }
+    assert [c.equal for c in charges] == [False, True, True]
+    assert rules_disagree(charges)
+    assert "disagree" in charging_sentence(charges, "gold")
+    assert "1.50× charging all" in charging_sentence(charges, "gold")
+
+
+def test_equal_means_within_two_percent() -> None:
+    baseline = {"train": {"flops": 100.0}}
+    for spent, equal in ((98.0, True), (102.0, True), (102.1, False), (97.9, False)):
+        charges = charged({"train": {"flops": spent}}, baseline)
+        assert all(c.equal is equal for c in charges)
+        assert not rules_disagree(charges)
+
+
+def test_costs_that_nobody_metered_are_named() -> None:
+    arm = {"train": {"flops": 1.0}, "rewrite": {"tokens": 5.0}}
+    by_rule = {c.rule: c.unmetered for c in charged(arm, {"train": {"flops": 1.0}})}
+    assert by_rule == {"all": ["arm: rewrite"], "amortised": ["arm: rewrite"], "train-only": []}
+
+
+def test_a_baseline_that_cost_nothing_has_no_ratio() -> None:
+    charges = charged({"train": {"flops": 1.0}}, {})
+    assert [(c.ratio, c.equal) for c in charges] == [(None, False)] * 3
+    assert all(c.equal for c in charged({}, {}))
+
+
+def test_unknown_causes_rules_and_shares_are_refused() -> None:
+    with pytest.raises(ValueError, match="did you mean `scorer`"):
+        charged({"scorrer": {"flops": 1.0}}, {})
+    with pytest.raises(ValueError, match="amortise_over must be >= 1"):
+        charged({}, {}, amortise_over=0)
+    with pytest.raises(ValueError, match="did you mean `amortised`"):
+        cost({}, "amortized")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "0"),
+        (0.0312, "0.0312"),
+        (100.0, "100"),
+        (123456.0, "123456"),
+        (1.5e16, "1.50e+16"),
+        (2e-7, "2.00e-07"),
+        (97.5, "97.5"),
+        (0.999999, "1"),
+    ],
+)
+def test_numbers_are_short(value: float, text: str) -> None:
+    assert number(value) == text
