@@ -1,0 +1,1 @@
+"""Decoding with a frozen language model under constraints from a static analyser."""
