@@ -1,0 +1,315 @@
+"""How well a model fills holes and continues texts: bits per hidden byte, document by document.
+
+Three tasks on held-out documents, after the evaluation of UL2 (Tay et al., 2022,
+arXiv:2205.05131): short holes (mean span 3, 15% hidden), long holes (mean span 16, 50% hidden)
+and the second half of a text given the first. What is hidden depends on the document alone, never
+on the seed or the arm, so that scores of two arms pair item by item.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+
+from maquette.data.denoising import (
+    Corrupted,
+    corrupt,
+    joint_lengths,
+    noise_mask,
+    span_counts,
+    suffix_mask,
+)
+from maquette.data.denoising_tasks import Layout, as_arrays, reserved_ids
+from maquette.errors import BadInput
+from maquette.parts import Audit, Card, Ctx, Subject, register
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from transformers import PreTrainedModel
+
+    from maquette.data.corpus import Corpus
+
+TaskName = Literal["infill-short", "infill-long", "continuation"]
+
+
+@dataclass(frozen=True)
+class Holes:
+    """What a task hides. family: the denoiser family whose mode token announces it."""
+
+    family: str
+    mean_span: float = 0.0
+    rate: float = 0.0
+
+
+TASKS: Mapping[TaskName, Holes] = {
+    "infill-short": Holes("R", 3, 0.15),
+    "infill-long": Holes("X", 16, 0.5),
+    "continuation": Holes("S"),
+}
+
+
+def crop_length(holes: Holes, length: int) -> int:
+    """Text tokens of a crop that fits a model of this length, encoder-decoder or decoder-only.
+
+    Room is kept for a mode token whether or not there is one, so that all arms see the same crop.
+    Raises ValueError if the length is too small.
+    """
+    if holes.rate:
+        return joint_lengths(length - 1, holes.mean_span, holes.rate).raw
+    if length < 6:
+        raise ValueError(f"length must be at least 6 tokens to continue a text, got {length}")
+    return length - 4
+
+
+def hide(
+    ids: np.ndarray, holes: Holes, width: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """(crop, hidden) of a document: at most `width` tokens at a random place, and a bool mask.
+
+    ids: token ids of the document, shape (n,), n >= 2.
+    """
+    n = min(len(ids), width)
+    start = int(rng.integers(0, len(ids) - n + 1))
+    length = np.array([n])
+    if holes.rate:
+        noise, spans = span_counts(n, holes.mean_span, holes.rate)
+        mask = noise_mask(length, np.array([noise]), np.array([spans]), rng)
+    else:
+        mask = suffix_mask(length, length - length // 2)
+    return ids[start : start + n], mask[0]
+
+
+def documents(data: Corpus, limit: int) -> list[tuple[int, str, str]]:
+    """(hash, id, text) of at most `limit` held-out documents: those of the smallest hash."""
+    from maquette.data.documents import hash_ids
+
+    def rows() -> Iterator[tuple[int, str, str]]:
+        for batch in data.documents("held_out"):
+            names = batch["id"].to_pylist()
+            yield from zip(hash_ids(names).tolist(), names, batch["text"].to_pylist(), strict=True)
+
+    return heapq.nsmallest(limit, rows())
+
+
+def score_rows(
+    model: PreTrainedModel,
+    arrays: Mapping[str, np.ndarray],
+    token_bytes: np.ndarray,
+    *,
+    causal_input: bool,
+    batch_size: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(bits, bytes) of the hidden text of each row; sentinels and end tokens are not scored.
+
+    arrays: as `data.denoising_tasks.as_arrays` gives them. token_bytes: bytes of each id.
+    """
+    import torch
+
+    from maquette.training.prefix_attention import target_logits, token_nats
+
+    shift = 1 if "prefix_lengths" in arrays else 0
+    text = arrays["text"][:, shift:]
+    labels = arrays["labels"][:, shift:]
+    sizes = np.where(text, token_bytes[np.where(text, labels, 0)], 0).sum(axis=1)
+    bits = np.zeros(len(text))
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for start in range(0, len(text), batch_size):
+                rows = slice(start, start + batch_size)
+                tensors = {
+                    name: torch.from_numpy(np.ascontiguousarray(a[rows])).to(model.device)
+                    for name, a in arrays.items()
+                    if name != "text"
+                }
+                nats = token_nats(*target_logits(model, tensors, causal_input=causal_input))
+                scored = nats.double().cpu().numpy() * text[rows]
+                bits[rows] = scored.sum(axis=1) / np.log(2)
+    finally:
+        model.train(training)
+    return bits, sizes
+
+
+_EXAMPLE = """\
+import numpy as np, torch
+from transformers import T5Config, T5ForConditionalGeneration
+from maquette.data.denoising import corrupt
+from maquette.data.denoising_tasks import Layout, as_arrays
+from maquette.evaluation.infill import TASKS, hide, score_rows
+text, mask = hide(np.arange(20, 90), TASKS["infill-long"], 60, np.random.default_rng(0))
+split = corrupt(text[None], mask[None], np.array([60]), sentinels_S=np.arange(2, 12), eos=1,
+                pad=0, inputs_length=64, targets_length=64)
+model = T5ForConditionalGeneration(T5Config(vocab_size=100, d_model=32, d_kv=16, d_ff=64,
+    num_layers=1, num_heads=2, decoder_start_token_id=0))
+arrays = as_arrays(split, layout=Layout(64), pad=0)
+bits, size = score_rows(model, arrays, np.ones(100), causal_input=False, batch_size=8)
+print(bits / size)
+"""
+
+
+@register("infill")
+class Infill(Audit):
+    """Bits per hidden byte of held-out documents: short holes, long holes, continuation."""
+
+    metrics: ClassVar[Mapping[str, Literal["higher", "lower"]]] = {
+        "infill-short": "lower",
+        "infill-long": "lower",
+        "continuation": "lower",
+    }
+    card: ClassVar[Card] = Card(
+        title="Filling holes and continuing",
+        paper="Tay et al., 2022, ICLR 2023",
+        arxiv="2205.05131",
+        idea="Hide parts of held-out documents and measure in bits how surprised the model is by "
+        "each hidden byte, given what is left.",
+        claim="Models that differ in objective can be compared on filling and on continuing in "
+        "one unit.",
+        defaults_from="the R and X settings of UL2; the second half for continuation",
+        cost="one forward pass per document, crop and task, billed to evaluation",
+        when="To compare denoising objectives with each other. Models without sentinels can be "
+        "scored on `continuation` only.",
+        differs=(
+            "only hidden text is scored; sentinels and end tokens are given for free, since an "
+            "objective that never trained them could not know them",
+        ),
+        example=_EXAMPLE,
+    )
+
+    tasks: tuple[TaskName, ...] = Field(
+        ("infill-short", "infill-long", "continuation"), min_length=1
+    )
+    """Which of the three are measured."""
+    max_documents: int = Field(128, ge=1)
+    """Held-out documents scored, chosen by a hash of their id."""
+    crops: int = Field(4, ge=1)
+    """Parts of each document that are scored, fewer where it is short; a document is one item."""
+    min_tokens: int = Field(16, ge=4)
+    """Shorter documents are left out."""
+    length: int | None = Field(None, ge=16)
+    """Model input length in tokens; None takes the workload's."""
+    batch_size: int = Field(32, ge=1)
+    """Rows per forward pass."""
+    corruption_seed: int = 0
+    """Another seed hides other parts; runs that are compared need the same one."""
+    short_mode: str | None = "auto"
+    """Mode token for short holes: `auto` asks the objective for its R token, null gives none."""
+    long_mode: str | None = "auto"
+    """Mode token for long holes; `auto` is the objective's X token."""
+    continuation_mode: str | None = "auto"
+    """Mode token for continuing; `auto` is the objective's S token."""
+    continuation_sentinel: bool | None = None
+    """Continue behind a sentinel, as models of span corruption do; None asks the objective."""
+
+    def _mode(self, task: TaskName, subject: Subject) -> str | None:
+        given = {
+            "infill-short": self.short_mode,
+            "infill-long": self.long_mode,
+            "continuation": self.continuation_mode,
+        }[task]
+        if given != "auto":
+            return given
+        mode_for = getattr(subject.objective, "mode_for", None)
+        return mode_for(TASKS[task].family) if mode_for else None
+
+    def _marked(self, task: TaskName, subject: Subject) -> bool:
+        if task != "continuation":
+            return True
+        if self.continuation_sentinel is not None:
+            return self.continuation_sentinel
+        return bool(getattr(subject.objective, "continues_with_sentinel", False))
+
+    def _split(
+        self,
+        task: TaskName,
+        texts: Sequence[tuple[int, np.ndarray]],
+        subject: Subject,
+        layout: Layout,
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """(model inputs, document index of each row) for one task."""
+        from maquette.data.order import generator
+
+        holes, mode, marked = TASKS[task], self._mode(task, subject), self._marked(task, subject)
+        width = crop_length(holes, layout.length)
+        shares = [min(self.crops, max(1, len(tokens) // width)) for _, tokens in texts]
+        owner = np.repeat(np.arange(len(texts)), shares)
+        ids = np.zeros((len(owner), width), np.int64)
+        mask, lengths = np.zeros(ids.shape, bool), np.zeros(len(owner), np.int64)
+        cropped = [(*texts[i], k) for i, share in enumerate(shares) for k in range(share)]
+        for row, (key, tokens, k) in enumerate(cropped):
+            rng = generator(self.corruption_seed, f"infill/{task}", key, k)
+            crop, hidden = hide(tokens, holes, width, rng)
+            lengths[row] = len(crop)
+            ids[row, : len(crop)], mask[row, : len(crop)] = crop, hidden
+        spans = span_counts(width, holes.mean_span, holes.rate)[1] if holes.rate else int(marked)
+        words = reserved_ids(subject.tokenizer, spans, None if mode is None else (mode,))
+        split: Corrupted = corrupt(
+            ids,
+            mask,
+            lengths,
+            sentinels_S=words.sentinels_S,
+            eos=words.eos,
+            pad=words.pad,
+            inputs_length=layout.length,
+            targets_length=layout.length,
+            marked_B=np.full(len(owner), marked),
+            modes_B=None if mode is None else np.full(len(owner), next(iter(words.modes.values()))),
+            input_eos=not layout.joint,
+        )
+        return as_arrays(split, layout=layout, pad=words.pad), owner
+
+    def measure(self, subject: Subject, data: Corpus, ctx: Ctx) -> pa.Table:
+        import pyarrow as pa
+
+        from maquette.data.tokenizers import Encoder, token_bytes
+
+        length = self.length or ctx.length
+        if length < 16:
+            raise BadInput(f"the input length must be at least 16, got {length}", key="length")
+        chosen = documents(data, self.max_documents)
+        encoded = Encoder(subject.tokenizer, np.int64)([text for _, _, text in chosen])
+        texts, names = [], []
+        for (key, name, _), ids in zip(chosen, encoded, strict=True):
+            if len(ids) >= self.min_tokens:
+                texts.append((key, ids))
+                names.append(name)
+        if not texts:
+            raise BadInput(
+                f"no held-out document has {self.min_tokens} tokens",
+                key="evaluate.infill.min_tokens",
+                mend="lower min_tokens or give longer documents",
+            )
+        sizes = token_bytes(subject.tokenizer)
+        joint = not subject.model.config.is_encoder_decoder
+        # A decoder that no prefix objective trained has only ever looked left.
+        causal = bool(getattr(subject.objective, "causal_input", True))
+        rows: list[dict[str, object]] = []
+        for task in self.tasks:
+            arrays, owner = self._split(task, texts, subject, Layout(length, joint=joint))
+            bits, n_bytes = score_rows(
+                subject.model,
+                arrays,
+                sizes,
+                causal_input=causal,
+                batch_size=self.batch_size,
+            )
+            bits, n_bytes = np.bincount(owner, bits), np.bincount(owner, n_bytes)
+            rows += [
+                {"metric": task, "item": name, "value": float(b / n), "weight": float(n)}
+                for name, b, n in zip(names, bits, n_bytes, strict=True)
+                if n > 0
+            ]
+        schema = pa.schema(
+            [
+                ("metric", pa.string()),
+                ("item", pa.string()),
+                ("value", pa.float64()),
+                ("weight", pa.float64()),
+            ]
+        )
+        return pa.Table.from_pylist(rows, schema=schema)
