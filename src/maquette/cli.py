@@ -188,6 +188,12 @@ def _recipes(file: str, sets: Sequence[str]) -> tuple[dict[str, Any], int]:
     return {path.stem: parse_recipe(data, where=path)}, 1
 
 
+def _one_of(recipes: dict[str, Any], arm: str, where: str) -> Any:
+    if arm not in recipes:
+        raise BadInput(f"there is no arm `{arm}`", where=where, mend=", ".join(recipes))
+    return recipes[arm]
+
+
 @app.command
 def run(
     recipe: str,
@@ -213,9 +219,7 @@ def run(
         raise BadInput(
             "is a study of several arms", where=recipe, mend=f"--arm {next(iter(recipes))}"
         )
-    chosen = recipes.get(arm) if arm else next(iter(recipes.values()))
-    if chosen is None:
-        raise BadInput(f"there is no arm `{arm}`", where=recipe, mend=", ".join(recipes))
+    chosen = _one_of(recipes, arm or next(iter(recipes)), recipe)
     store = common.store()
     with console.StudyProgress(1, quiet=common.as_json) as progress:
         [done] = run_tasks(
@@ -303,7 +307,7 @@ def noise(
     Parameters
     ----------
     name
-        A study (its baseline is used, or --arm) or a recipe.
+        A study (its first arm is used, or --arm) or a recipe.
     seeds
         Seeds of each half; twice as many runs.
     """
@@ -311,7 +315,7 @@ def noise(
     from maquette.study.noise import measure_noise
 
     recipes, _ = _recipes(name, sets or [])
-    recipe = recipes[arm] if arm in recipes else next(iter(recipes.values()))
+    recipe = _one_of(recipes, arm or next(iter(recipes)), name)
     with console.StudyProgress(2 * seeds, quiet=common.as_json) as bars:
         found = measure_noise(
             recipe, common.store(), common.options(), metric=metric, seeds=seeds,
@@ -472,17 +476,17 @@ def conform(target: str, *, sets: Sets | None = None, common: Common = Common())
         package.module:Class of a registered part; --set gives the options it needs.
     """
     from maquette.config import set_dotted
-    from maquette.conformance import conform as run_checks
+    from maquette.conformance import conform_named as run_checks
 
     options: dict[str, Any] = {}
     for assignment in sets or []:
         options = set_dotted(options, assignment)
     results = run_checks(target, options)
     lines = [
-        f"{'ok  ' if r.passed else 'FAIL'}  {r.check}{': ' * bool(r.why)}{r.why}" for r in results
+        f"{'ok  ' if not why else 'FAIL'}  {check}{': ' * bool(why)}{why}" for check, why in results
     ]
-    _say(common, [asdict(r) for r in results], "\n".join(lines))
-    if not all(r.passed for r in results):
+    _say(common, [{"check": check, "error": why} for check, why in results], "\n".join(lines))
+    if any(why for _, why in results):
         sys.exit(1)
 
 

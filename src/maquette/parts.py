@@ -16,6 +16,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
+from pydantic import Field
+
 from maquette.config import Frozen
 from maquette.errors import BadInput, did_you_mean
 from maquette.schedules import Horizon, Schedule
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from maquette.data.corpus import Corpus
-    from maquette.recipe import Budget, Size
+    from maquette.recipe import Size
     from maquette.training.ledger import Ledger
 
 Scale = Literal["one", "ddp", "fsdp"]
@@ -158,14 +160,6 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class Selection:
-    """Rows chosen for the coming stretch of training. rows: int64 row ids, in the given order."""
-
-    rows: np.ndarray
-    why: str
-
-
-@dataclass(frozen=True)
 class State:
     """What a fitted part learnt: tensors (saved as safetensors) and JSON-able facts."""
 
@@ -207,7 +201,7 @@ class Ctx:
 
 
 class Run(Protocol):
-    """The live run as an `Optim` or a `Feed` sees it (implemented by `training.loop.LiveRun`)."""
+    """The live run as an `Optim` sees it (implemented by `training.loop.LiveRun`)."""
 
     model: PreTrainedModel
     extra: nn.ModuleDict
@@ -255,19 +249,8 @@ class DataOp(Part):
     def apply(self, batch: pa.RecordBatch, state: State) -> pa.RecordBatch: ...
 
 
-class Selector(Part):
-    """A global choice under a budget, made once before training."""
-
-    kind: ClassVar[str] = "selector"
-
-    @abstractmethod
-    def choose(self, index: pa.Table, target: pa.Table | None, take: Budget, ctx: Ctx) -> pa.Array:
-        """Row ids (int64) of `index` to keep, at most `take` in all."""
-        ...
-
-
 class Feed(Part):
-    """Which source, and which rows of it, come next while training."""
+    """Which source comes next while training, and how much of it."""
 
     kind: ClassVar[str] = "feed"
 
@@ -277,10 +260,6 @@ class Feed(Part):
         sources: tokens available by source. Must depend on `clock.fraction` and `clock.step` only,
         so that a resumed run can replay it.
         """
-        return None
-
-    def refresh(self, run: Run, clock: Clock) -> Selection | None:
-        """A new choice of rows from here on, or None to go on as before."""
         return None
 
 
@@ -337,10 +316,10 @@ class Optim(Part):
 
     kind: ClassVar[str] = "optim"
 
-    learning_rate: float | None = None
+    learning_rate: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Peak learning rate; None takes the size's."""
-    weight_decay: float = 0.1
-    clip: float | None = 1.0
+    weight_decay: float = Field(0.1, ge=0, allow_inf_nan=False)
+    clip: float | None = Field(1.0, gt=0)
     """Global gradient-norm limit; None switches clipping off."""
     schedule: Schedule = Schedule()
     """Warm-up and decay; by default 5% linear warm-up, then cosine to a tenth."""
@@ -495,8 +474,7 @@ class Workload(Part):
 # --- registry ------------------------------------------------------------------------------------
 
 KINDS: dict[str, type[Part]] = {
-    cls.kind: cls
-    for cls in (DataOp, Selector, Feed, Objective, Optim, Surgery, Decoder, Audit, Workload)
+    cls.kind: cls for cls in (DataOp, Feed, Objective, Optim, Surgery, Decoder, Audit, Workload)
 }
 _PARTS: dict[str, dict[str, type[Part]]] = {kind: {} for kind in KINDS}
 _BUILT_IN = ("maquette.methods", "maquette.workloads", "maquette.evaluation")

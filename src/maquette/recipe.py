@@ -131,7 +131,7 @@ def parse_part(kind: type[K], value: object, *, where: object = None, key: str |
         example = next(parts.parts(kind.kind), None)
         slug = example.type if example else "name"
         raise BadInput(
-            f"needs a {kind.kind} by name or with a `type`, got {value!r}",
+            f"a part is given by name or with a `type`, got {value!r}",
             where=where,
             key=key,
             mend=f"`{slug}` or `{{type: {slug}, ...}}`",
@@ -236,8 +236,8 @@ def parse_recipe(data: Mapping[str, Any], *, where: object = None) -> Recipe:
             raise BadInput(
                 f"unknown key `{name}`",
                 where=where,
-                key=name,
-                mend=did_you_mean(name, RECIPE_KEYS),
+                key=str(name),
+                mend=did_you_mean(str(name), RECIPE_KEYS),
             )
     shared = {k: v for k, v in data.items() if k not in ("stages", "evaluate")}
     listed = data.get("stages")
@@ -245,6 +245,14 @@ def parse_recipe(data: Mapping[str, Any], *, where: object = None) -> Recipe:
         listed = [{"name": "train"}]
     if not isinstance(listed, Sequence) or isinstance(listed, str) or not listed:
         raise BadInput("must be a list of stages", where=where, key="stages")
+    for i, stage in enumerate(listed):
+        if not isinstance(stage, Mapping):
+            raise BadInput(
+                f"a stage is a mapping of recipe keys, got {stage!r}",
+                where=where,
+                key=f"stages.{i}",
+                mend="- {name: source, budget: 200step}",
+            )
     stages = [_parse_stage({**shared, **s}, i, where) for i, s in enumerate(map(dict, listed))]
     ordered = _in_order(stages, where)
     recipe = Recipe(ordered, _parse_evaluations(data, ordered[-1], where), str(where or ""))
@@ -263,8 +271,8 @@ def _parse_stage(data: dict[str, Any], index: int, where: object) -> Stage:
             raise BadInput(
                 f"unknown key `{key}`",
                 where=where,
-                key=at + key,
-                mend=did_you_mean(key, STAGE_KEYS),
+                key=f"{at}{key}",
+                mend=did_you_mean(str(key), STAGE_KEYS),
             )
     data = {**_DEFAULTS, **{k: v for k, v in data.items() if v is not None}}
     for key, example in (
@@ -276,8 +284,12 @@ def _parse_stage(data: dict[str, Any], index: int, where: object) -> Stage:
         if key not in data:
             raise BadInput(f"`{key}` is required", where=where, key=at + key, mend=example)
     microbatches = data.get("microbatches", 1)
-    if not isinstance(microbatches, int) or microbatches < 1:
-        raise BadInput(f"must be a whole number >= 1, got {microbatches!r}", where=where, key=at)
+    if not isinstance(microbatches, int) or isinstance(microbatches, bool) or microbatches < 1:
+        raise BadInput(
+            f"must be a whole number >= 1, got {microbatches!r}",
+            where=where,
+            key=at + "microbatches",
+        )
     return Stage(
         name=name,
         init=_parse_init(data.get("init"), where, at + "init"),
@@ -290,7 +302,7 @@ def _parse_stage(data: dict[str, Any], index: int, where: object) -> Stage:
         surgery=_parse_list(Surgery, data["surgery"], where, at + "surgery"),  # type: ignore[type-abstract]
         budget=Budget.parse(data["budget"], where=where, key=at + "budget"),
         microbatches=microbatches,
-        special_tokens=tuple(data.get("special_tokens", ())),
+        special_tokens=_parse_tokens(data.get("special_tokens", ()), where, at + "special_tokens"),
     )
 
 
@@ -299,6 +311,12 @@ def _parse_list(kind: type[K], value: object, where: object, key: str) -> tuple[
     return tuple(
         parse_part(kind, item, where=where, key=f"{key}.{i}") for i, item in enumerate(items)
     )
+
+
+def _parse_tokens(value: object, where: object, key: str) -> tuple[str, ...]:
+    if isinstance(value, list | tuple) and all(isinstance(token, str) for token in value):
+        return tuple(value)
+    raise BadInput(f"must be a list of words, got {value!r}", where=where, key=key, mend='["<x>"]')
 
 
 def _parse_init(value: object, where: object, key: str) -> str | None:

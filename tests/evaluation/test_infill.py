@@ -18,6 +18,7 @@ from maquette.methods.objectives.prefix_lm import PrefixLanguageModelling
 from maquette.methods.objectives.span_corruption import SpanCorruption
 from maquette.methods.objectives.ul2 import MixtureOfDenoisers
 from maquette.parts import Ctx, Subject
+from maquette.training.ledger import Ledger
 
 LENGTH = 64
 ALL = ("infill-short", "infill-long", "continuation")
@@ -69,7 +70,7 @@ def decoder(corpus: Corpus, seed: int = 0) -> LlamaForCausalLM:
 
 
 def context(seed: int = 0) -> Ctx:
-    return Ctx(device=torch.device("cpu"), seed=seed, cache=Path(), ledger=None, length=LENGTH)
+    return Ctx(device=torch.device("cpu"), seed=seed, cache=Path(), ledger=Ledger(), length=LENGTH)
 
 
 def measure(corpus, model, objective=None, seed=0, **options):

@@ -19,8 +19,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from maquette.errors import BadInput, RunFailed
 from maquette import atomic
+from maquette.errors import BadInput, RunFailed
 from maquette.study.store import SCHEMA_VERSION, Store, default_home
 
 A, B, STUDY = "aa11bb22cc33", "ab99ff00ee11", "5511223344"

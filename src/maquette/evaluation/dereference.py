@@ -24,7 +24,7 @@ from maquette.data.installed import parse, site_folders
 from maquette.decoding import metrics
 from maquette.decoding.monitor import DereferenceMonitor, TableAnalyser, is_shown
 from maquette.errors import BadInput
-from maquette.parts import Audit, Ctx, Subject, register
+from maquette.parts import Audit, Card, Ctx, Needs, Subject, register
 
 if TYPE_CHECKING:
     from maquette.data.corpus import Corpus
@@ -133,6 +133,32 @@ class Dereference(Audit):
         "identifier-sequence-match": "higher",
         "analyser-covers": "higher",
     }
+    needs: ClassVar[Needs] = Needs(workloads=frozenset({"text/causal"}))
+    card: ClassVar[Card] = Card(
+        title="Members named after dots",
+        paper="Agrawal, Kanade, Goyal, Lahiri and Rajamani, 2023, NeurIPS",
+        arxiv="2306.10763",
+        idea="Cut held-out Python files after a dot, let the model write on, and compare the "
+        "member it names with the one that stood there and with those the analyser knows.",
+        claim="Measures whether a monitor (or a rival) makes a model name the right member more "
+        "often; `decoder` picks who answers.",
+        paper_figures=(
+            "next identifier matches, score@1: CodeGen-350M 68.9 to 76.2 with the monitor, "
+            "SantaCoder 75.7 to 82.3 (result tables of the official repository, Java)",
+        ),
+        defaults_from="Greedy decoding as in the official tests; 150 dots of the standard library.",
+        cost="Generation, billed to `evaluation`; the analyser's seconds, billed to `scorer` "
+        "where the decoder itself needs them.",
+        when="For causal models of Python. jedi's sets are not sound: `analyser-covers` gives the "
+        "share of dots where the truth is among them, the ceiling of any monitor.",
+        differs=("Python and jedi instead of Java and a language server.",),
+        example="""
+from maquette.decoding.metrics import score_at_k
+
+assert score_at_k([1, 0, 0, 0, 0, 0], 1) == 1 / 6    # expected best of one of six samples
+assert score_at_k([1, 0, 0, 0, 0, 0], 6) == 1
+""",
+    )
 
     decoder: Literal["plain", "monitor", "sham", "frequency"] = "plain"
     """`plain`: the model alone; `monitor`: held to the analyser's set; `sham`: held to as many

@@ -26,7 +26,7 @@ from maquette.data.denoising import (
 )
 from maquette.data.denoising_tasks import Layout, as_arrays, reserved_ids
 from maquette.errors import BadInput
-from maquette.parts import Audit, Card, Ctx, Subject, register
+from maquette.parts import Audit, Card, Ctx, Needs, Subject, register
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -162,6 +162,7 @@ class Infill(Audit):
         "infill-long": "lower",
         "continuation": "lower",
     }
+    needs: ClassVar[Needs] = Needs(workloads=frozenset({"text/seq2seq", "text/causal"}))
     card: ClassVar[Card] = Card(
         title="Filling holes and continuing",
         paper="Tay et al., 2022, ICLR 2023",
@@ -291,13 +292,14 @@ class Infill(Audit):
         rows: list[dict[str, object]] = []
         for task in self.tasks:
             arrays, owner = self._split(task, texts, subject, Layout(length, joint=joint))
-            bits, n_bytes = score_rows(
-                subject.model,
-                arrays,
-                sizes,
-                causal_input=causal,
-                batch_size=self.batch_size,
-            )
+            with ctx.ledger.meter("evaluation"):
+                bits, n_bytes = score_rows(
+                    subject.model,
+                    arrays,
+                    sizes,
+                    causal_input=causal,
+                    batch_size=self.batch_size,
+                )
             bits, n_bytes = np.bincount(owner, bits), np.bincount(owner, n_bytes)
             rows += [
                 {"metric": task, "item": name, "value": float(b / n), "weight": float(n)}

@@ -17,8 +17,8 @@ import maquette
 from maquette.study import report as reporting
 from maquette.study.execute import Options, make_ctx, pick_device
 from maquette.study.pool import Task, TaskDone, run_tasks
-from maquette.study.statistics import MIN_SEEDS, Paired, paired
 from maquette.study.records import RunRecord
+from maquette.study.statistics import MIN_SEEDS, Paired, paired
 from maquette.study.store import Store
 from maquette.study.study import Study
 from maquette.study.verdict import (

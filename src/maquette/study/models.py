@@ -21,6 +21,7 @@ from maquette.errors import BadInput
 from maquette.parts import Ctx, Head, State, Subject
 from maquette.recipe import Stage
 from maquette.training import checkpoint
+from maquette.training.attention import use_fast_attention
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,6 +56,7 @@ def build(
             key="workload.tokenizer",
             mend="leave `tokenizer` out to use the model's own",
         )
+    use_fast_attention(model, stage.length, ctx.device)
     return model
 
 

@@ -8,13 +8,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from maquette.config import Frozen, deep_merge, load_yaml, set_dotted, validate
 from maquette.errors import BadInput, did_you_mean
 from maquette.parts import Audit
 from maquette.recipe import RECIPE_KEYS, Recipe, digest, parse_recipe
 from maquette.study.statistics import MIN_SEEDS
+from maquette.study.verdict import resolve_smallest_effect
 
 DEFAULT_SEEDS = 5
 STUDY_KEYS = ("question", "seeds", "metric", "baseline", "arms", "amortise_over", "notes")
@@ -26,6 +27,12 @@ class Metric(Frozen):
 
     name: str
     smallest_effect: float | str = Field("1%")
+
+    @field_validator("smallest_effect")
+    @classmethod
+    def _is_a_size(cls, value: float | str) -> float | str:
+        resolve_smallest_effect(value, 1.0)  # before the first run, not after the last
+        return value
 
 
 @dataclass(frozen=True)
@@ -99,8 +106,8 @@ def parse_study(data: Mapping[str, Any], *, name: str, where: object = None) -> 
             raise BadInput(
                 f"unknown key `{key}`",
                 where=where,
-                key=key,
-                mend=did_you_mean(key, [*STUDY_KEYS, *RECIPE_KEYS]),
+                key=str(key),
+                mend=did_you_mean(str(key), [*STUDY_KEYS, *RECIPE_KEYS]),
             )
     arms = data.get("arms")
     if not isinstance(arms, Mapping) or len(arms) < 2:
@@ -125,7 +132,7 @@ def parse_study(data: Mapping[str, Any], *, name: str, where: object = None) -> 
             key="metric",
             mend="metric: {name: bits-per-byte, smallest_effect: 0.5%}",
         )
-    metric = {"name": metric} if isinstance(metric, str) else metric
+    metric = metric if isinstance(metric, Mapping) else {"name": metric}
     study = Study(
         name=name,
         question=str(data.get("question", "")),
@@ -133,7 +140,7 @@ def parse_study(data: Mapping[str, Any], *, name: str, where: object = None) -> 
         baseline=baseline,
         metric=validate(Metric, metric, where=where, key="metric"),
         seeds=_parse_seeds(data.get("seeds", DEFAULT_SEEDS), where),
-        amortise_over=float(data.get("amortise_over", 1)),
+        amortise_over=_parse_amortise_over(data.get("amortise_over", 1), where),
         notes=str(data.get("notes", "")),
         where=str(where or ""),
     )
@@ -174,6 +181,14 @@ def _parse_seeds(value: object, where: object) -> tuple[int, ...]:
             mend="5 is the default: with fewer, only large effects are told from noise",
         )
     return seeds
+
+
+def _parse_amortise_over(value: object, where: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value < 1e18:
+        raise BadInput(
+            f"a number of models >= 1, got {value!r}", where=where, key="amortise_over", mend="10"
+        )
+    return float(value)
 
 
 def check_comparable(study: Study) -> None:

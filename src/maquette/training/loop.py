@@ -32,7 +32,7 @@ from maquette.training.held_out import HeldOutLoss
 from maquette.training.ledger import Ledger
 from maquette.training.memory import peak_memory, reset_peak_memory
 from maquette.training.metrics import MetricsFile, read_metrics, series
-from maquette.training.precision import Precision
+from maquette.training.precision import Precision, choose_precision
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class Outcome:
 
 @dataclass
 class LiveRun:
-    """A run in progress; what an `Optim` or a `Feed` may look at (`parts.Run`)."""
+    """A run in progress; what an `Optim` may look at (`parts.Run`)."""
 
     stage: Stage
     model: PreTrainedModel
@@ -168,7 +168,7 @@ def train(
     saved_at = time.monotonic()
     for step, batches in feeder.stream(run.step, run.horizon.steps):
         if step in looks:
-            run.live = look(run.model, run.extra, precision)
+            run.live = look(run.model, run.extra, run.precision)
             metrics.write({"step": step, **_totals(run), "held_out_loss": run.live})
         began = time.perf_counter()
         logs = _update(run, batches)
@@ -186,7 +186,7 @@ def train(
                 folder / "state", run.step, run.model, run.extra, run.optimizer, _saved(run)
             )
             saved_at = time.monotonic()
-    run.live = look(run.model, run.extra, precision)
+    run.live = look(run.model, run.extra, run.precision)
     metrics.write({"step": run.step, **_totals(run), "held_out_loss": run.live})
     metrics.close()
     return _finish(run, feeder, folder)
@@ -275,6 +275,7 @@ def _saved(run: LiveRun) -> dict[str, Any]:
     counters = {name: getattr(run, name) for name in _COUNTERS}
     return {
         **counters,
+        "precision": run.precision.name,
         "horizon": asdict(run.horizon),
         "costs": asdict(run.costs),
         "ledger": run.ctx.ledger.as_dict(),
@@ -289,6 +290,7 @@ def _restore(run: LiveRun, saved: checkpoint.Saved) -> None:
     run.step = saved.step
     for name in _COUNTERS:
         setattr(run, name, clock[name])
+    run.precision = choose_precision(run.ctx.device, clock["precision"])
     run.horizon = Horizon(**clock["horizon"])
     run.costs = StepCosts(**clock["costs"])
     run.ctx.ledger.add(Ledger.from_dict(clock["ledger"]))

@@ -2,7 +2,8 @@
 attention that runs both ways inside the input and left to right in the target (prefix-LM).
 
 Hugging Face decoders take an additive mask of shape (B, 1, T, T) as it is, under `sdpa` and
-`eager` attention. A key-value cache must be filled with the whole input in one pass.
+`eager` attention, and under this project's own for short rows. A key-value cache must be filled
+with the whole input in one pass.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from maquette.data.denoising import IGNORED
 from maquette.errors import BadInput
+from maquette.training.attention import NAME as PLAIN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,7 +62,7 @@ def check_model(model: PreTrainedModel, *, joint: bool) -> None:
             mend="use an encoder-decoder or a decoder-only model",
         )
     attention = model.config._attn_implementation
-    if joint and attention not in ("sdpa", "eager"):
+    if joint and attention not in ("sdpa", "eager", PLAIN):
         raise BadInput(
             f"prefix attention needs an additive mask, which `{attention}` attention ignores",
             mend="build the model with attn_implementation='sdpa'",

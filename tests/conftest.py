@@ -1,0 +1,29 @@
+"""One small corpus and one cache for the whole session; every test has a store of its own."""
+
+import os
+
+import pytest
+
+os.environ.setdefault("DO_NOT_TRACK", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def isolated_home(tmp_path_factory, monkeypatch):
+    """Nothing a test starts may look into the user's own store."""
+    monkeypatch.setenv("MAQUETTE_HOME", str(tmp_path_factory.getbasetemp() / "home"))
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A corpus of six packages of Python files, a cache, and the runs made so far."""
+    from maquette.conformance import World
+
+    return World.make(tmp_path_factory.mktemp("world"))

@@ -1,0 +1,220 @@
+"""A whole small study: runs, verdicts, report, cache, failure, two processes at once."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from maquette import parts
+from maquette.conformance.world import OPTIONS
+from maquette.errors import BadInput
+from maquette.methods.objectives.causal_lm import CausalLM
+from maquette.parts import Loss
+from maquette.study import execute
+from maquette.study.compare import compare, held_equal
+from maquette.study.models import export
+from maquette.study.store import Store
+from maquette.study.study import parse_study
+
+
+def data(world, **over):
+    return {
+        "question": "Does a higher learning rate help in ten steps?",
+        "workload": world.workload("text/causal"),
+        "size": "nano",
+        "objective": "causal-lm",
+        "budget": "10step",
+        "seeds": 3,
+        "metric": {"name": "bits-per-byte", "smallest_effect": "0.5%"},
+        "evaluate": [{"type": "bits-per-byte", "max_tokens": 4000}],
+        "baseline": "slow",
+        "arms": {
+            "slow": {"optim": {"type": "adamw", "learning_rate": 1e-5}},
+            "fast": {"optim": {"type": "adamw", "learning_rate": 1e-2}},
+        },
+    } | over
+
+
+@pytest.fixture(scope="module")
+def answered(world):
+    study = parse_study(data(world), name="rates")
+    store = world.store("compare")
+    return study, store, compare(study, store, OPTIONS)
+
+
+def test_a_rate_that_does_not_train_loses_to_one_that_does(answered):
+    _, _, result = answered
+    verdict = result.verdicts["fast"]
+    assert verdict.word == "helps"
+    assert verdict.high < 0
+    assert verdict.n_seeds == 3
+
+
+def test_the_report_is_written_in_three_forms_that_agree(answered):
+    study, store, result = answered
+    plain = json.loads(result.paths["json"].read_text())
+    assert plain["digest"] == study.digest
+    assert {arm["name"] for arm in plain["arms"]} == {"slow", "fast"}
+    assert result.verdicts["fast"].sentence in result.paths["md"].read_text()
+    assert "fast helps" in result.paths["html"].read_text()
+    assert store.study_dir(study.digest) in result.paths["html"].parents
+
+
+def test_every_run_is_stored_with_its_bill_and_items(answered):
+    study, store, _ = answered
+    runs = store.list_runs(study.digest)
+    assert {(r.arm, r.seed) for r in runs} == {(a, s) for a in ("slow", "fast") for s in range(3)}
+    for run in runs:
+        assert run.status == "done"
+        assert run.ledger["train"]["flops"] > 0
+        items = store.items(run.digest)
+        values, weights = items["value"].to_numpy(), items["weight"].to_numpy()
+        mean = (values * weights).sum() / weights.sum()
+        assert run.metrics["bits-per-byte"] == pytest.approx(mean)
+
+
+def test_a_second_time_nothing_is_computed(answered, monkeypatch):
+    study, store, first = answered
+
+    def computed(*args, **kwargs):
+        raise AssertionError("a run was computed again")
+
+    monkeypatch.setattr(execute, "train", computed)
+    monkeypatch.setattr(execute, "_evaluate", computed)
+    again = compare(study, store, OPTIONS)
+    assert again.verdicts == first.verdicts
+
+
+def test_a_study_of_other_seeds_computes_only_the_new_ones(answered, world, monkeypatch):
+    _, store, _ = answered
+    trained, real = [], execute.train
+
+    def counted(stage, corpus, model, ctx, *args, **kwargs):
+        trained.append(ctx.seed)
+        return real(stage, corpus, model, ctx, *args, **kwargs)
+
+    monkeypatch.setattr(execute, "train", counted)
+    compare(parse_study(data(world, seeds=[0, 1, 2, 9]), name="rates"), store, OPTIONS)
+    assert trained == [9, 9]
+
+
+def test_what_is_held_equal_is_computed_from_the_recipes(answered):
+    study, _, _ = answered
+    facts = " ".join(held_equal(study))
+    assert "order of the training rows" in facts
+    assert "optimiser and schedule" not in facts
+    assert "budget: 10step" in facts
+
+
+def test_an_arm_that_breaks_is_marked_and_the_study_finishes(world, answered):
+    _, store, _ = answered
+
+    @parts.register("breaks-at-once")
+    class BreaksAtOnce(CausalLM):
+        def loss(self, model, extra, batch, clock):
+            loss = super().loss(model, extra, batch, clock)
+            return Loss(loss.total * float("nan")) if clock.step == 3 else loss
+
+    try:
+        arms = data(world)["arms"] | {"broken": {"objective": "breaks-at-once"}}
+        result = compare(parse_study(data(world, arms=arms), name="broken"), store, OPTIONS)
+    finally:
+        del parts._PARTS["objective"]["breaks-at-once"]
+    assert result.verdicts["fast"].word == "helps"
+    assert "broken" not in result.verdicts
+    [arm] = [a for a in result.report.arms if a.name == "broken"]
+    assert arm.status == "failed"
+    assert "at step 3" in arm.reason
+    assert any("broken: 3 run(s) failed" in w for w in result.report.warnings)
+
+
+def test_two_processes_on_one_study_both_succeed_and_agree(world, tmp_path):
+    (tmp_path / "cache").symlink_to(world.folder / "cache", target_is_directory=True)
+    path = tmp_path / "rates.yaml"
+    path.write_text(yaml.safe_dump(data(world)))
+    command = [sys.executable, "-m", "maquette", "compare", str(path), "--json", "--on", "local:1"]
+    command += ["--home", str(tmp_path), "--device", "cpu"]
+    processes = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    answers = []
+    for process in processes:
+        out, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        answers.append(json.loads(out))
+    assert answers[0] == answers[1]
+    assert answers[0]["verdicts"]["fast"]["word"] == "helps"
+    runs = Store(tmp_path).list_runs(answers[0]["digest"])
+    assert len(runs) == 6
+
+
+# --- export --------------------------------------------------------------------------------------
+
+_PLAIN = """
+import sys, numpy as np
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "maquette":
+            raise ImportError(name)
+sys.meta_path.insert(0, Refuse())
+import torch, transformers
+folder, auto, out = sys.argv[1:]
+model = getattr(transformers, auto).from_pretrained(folder).eval()
+tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+ids = tokenizer("def harbour(a, b):\\n    return a", return_tensors="pt")["input_ids"]
+with torch.no_grad():
+    np.savez(out, ids=ids.numpy(), logits=model(input_ids=ids).logits.numpy())
+assert "maquette" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize(
+    ("workload", "objective", "auto"),
+    [
+        ("text/causal", "causal-lm", "AutoModelForCausalLM"),
+        ("text/encoder", "masked-lm", "AutoModelForMaskedLM"),
+    ],
+)
+def test_an_exported_model_needs_transformers_alone(world, tmp_path, workload, objective, auto):
+    run = world.train(
+        {
+            "workload": world.workload(workload),
+            "size": "nano",
+            "objective": objective,
+            "budget": "8step",
+            "evaluate": [],
+        }
+    )
+    export(run.folder, tmp_path / "plain")
+    out = tmp_path / "out.npz"
+    subprocess.run(
+        [sys.executable, "-c", _PLAIN, str(tmp_path / "plain"), auto, str(out)], check=True
+    )
+    found = np.load(out)
+    subject, trained, _ = run.subject()
+    ours = trained.corpus.tokenizer("def harbour(a, b):\n    return a", return_tensors="pt")
+    assert ours["input_ids"].tolist() == found["ids"].tolist()
+    with torch.no_grad():
+        logits = subject.model(input_ids=ours["input_ids"]).logits.numpy()
+    assert np.abs(logits - found["logits"]).max() < 1e-5
+
+
+def test_an_export_does_not_write_over_what_is_there(world, tmp_path):
+    run = world.train(
+        {
+            "workload": world.workload("text/causal"),
+            "size": "nano",
+            "objective": "causal-lm",
+            "budget": "8step",
+            "evaluate": [],
+        }
+    )
+    (tmp_path / "mine.txt").write_text("x")
+    with pytest.raises(BadInput, match="not empty"):
+        export(run.folder, tmp_path)
+    assert (tmp_path / "mine.txt").read_text() == "x"
