@@ -470,6 +470,10 @@ class Workload(Part):
     @abstractmethod
     def sequence_length(self, size: Size) -> int: ...
 
+    def learning_rate(self, size: Size) -> float:
+        """Peak rate where a recipe names none."""
+        return size.learning_rate
+
 
 # --- registry ------------------------------------------------------------------------------------
 

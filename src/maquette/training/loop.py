@@ -114,8 +114,9 @@ class LiveRun:
         """A fresh optimiser over the trainable weights, for a run of this length."""
         optim = self.stage.optim
         groups = optim.groups(self.model, self.extra)
+        rate = optim.learning_rate or self.stage.workload.learning_rate(self.stage.size)
         for group in groups:
-            group.setdefault("peak_lr", optim.learning_rate or self.stage.size.learning_rate)
+            group.setdefault("peak_lr", rate)
         self.optimizer = optim.build(groups, horizon)
 
     def loss_of(self, batch: Batch, piece: int) -> Loss:
