@@ -7,8 +7,8 @@ Every peer trains the same Llama shape from the same weights on the same rows in
 backward, gradient clipping, fused AdamW and a linear schedule. Peers take turns in one process, a
 block of steps each, so that a busy machine slows them alike; only ratios within one run mean
 something. `trainer` is `transformers.Trainer` with its defaults and `bf16=True` (no saving, no
-reports, no progress bar); it needs `pip install accelerate` and is timed between its own step
-callbacks. `plain` is a bare PyTorch loop over the same model under bf16 autocast.
+reports, no progress bar); it needs `pip install 'maquette[bench]'` and is timed between its own
+step callbacks. `plain` is a bare PyTorch loop over the same model under bf16 autocast.
 
 Model FLOPs are one eager forward and backward pass of the plain model as counted by
 `torch.utils.flop_counter`, attention as full T x T products; what a peer recomputes is not counted.
@@ -31,14 +31,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+from maquette.parts import Batch, Ctx, Examples
+from maquette.recipe import parse_recipe
+from maquette.schedules import Horizon
+from maquette.training import loop
+from maquette.training.attention import use_fast_attention
 from maquette.training.compiled import compile_seconds, maybe_compile
-from maquette.training.fused_loss import linear_cross_entropy
+from maquette.training.cost import StepCosts, count_all
+from maquette.training.ledger import Ledger
 from maquette.training.precision import Precision, choose_precision
 
 LEARNING_RATE = 5e-5
@@ -133,17 +139,47 @@ def plain_loss(precision: Precision) -> Callable[[LlamaForCausalLM, Tensor], Ten
     return loss
 
 
-def maquette_loss(precision: Precision) -> Callable[[LlamaForCausalLM, Tensor], Tensor]:
-    """Maquette's step: layers under autocast, cross-entropy without all logits at once."""
+class Engine:
+    """Maquette's own step: the update and the billing of `training.loop`, on rows in memory."""
 
-    def loss(model: LlamaForCausalLM, ids_BT: Tensor) -> Tensor:
-        with precision.autocast():
-            hidden_BTD = model.model(input_ids=ids_BT).last_hidden_state
-            labels_BT = F.pad(ids_BT[:, 1:], (0, 1), value=-100)
-            head = model.lm_head.weight
-            return linear_cross_entropy(hidden_BTD.flatten(0, 1), head, labels_BT.flatten())[0]
+    def __init__(
+        self, model: LlamaForCausalLM, rows: Tensor, shape: Shape, steps: int, compiles: bool
+    ) -> None:
+        recipe = parse_recipe(
+            {
+                "workload": {"type": "text/causal", "length": shape.length},
+                "size": "3m",
+                "objective": "causal-lm",
+                "optim": {"type": "adamw", "learning_rate": LEARNING_RATE},
+                "budget": f"{steps}step",
+                "evaluate": [],
+            }
+        )
+        device = model.device
+        ctx = Ctx(device, 0, Path(), Ledger(), size=recipe.last.size, length=shape.length)
+        use_fast_attention(model, shape.length, device)
+        precision = choose_precision(device, "bf16")
+        self.model, self.rows, self.batch = model, rows.numpy(), shape.batch
+        self.run = loop.LiveRun(recipe.last, model, torch.nn.ModuleDict(), ctx, precision)
+        self.order = np.random.default_rng(2)
+        self.run.costs = StepCosts()
+        flops = count_all(self.run, [self.next()])
+        self.run.horizon = Horizon(steps, flops)
+        self.choice = maybe_compile(
+            model, "on" if compiles else "off", run_flops=0.0, device=device
+        )
+        self.run.make_optimizer(self.run.horizon)
 
-    return loss
+    def next(self) -> Batch:
+        ids = self.rows[self.order.integers(len(self.rows), size=self.batch)]
+        examples = Examples(ids, np.zeros_like(ids))
+        return self.run.objective.collate(examples, self.run.ctx, self.order)
+
+    def step(self) -> None:
+        batches = [self.next()]
+        start = time.perf_counter()
+        loop._update(self.run, batches)
+        loop._bill(self.run, batches, time.perf_counter() - start)
 
 
 class TakeTurns(TrainerCallback):
@@ -269,24 +305,20 @@ def make_loops(
     rows: Tensor,
     steps: int,
     precision: Precision,
-    attention: str,
-) -> tuple[dict[str, Loop], dict[str, float]]:
+) -> tuple[dict[str, Loop | Engine], dict[str, float]]:
     """The peers that are plain loops, and what compiling cost."""
-    peers = {
-        "plain": (plain_loss(precision), "sdpa", False),
-        "maquette eager": (maquette_loss(precision), "sdpa", False),
-        "maquette compiled": (maquette_loss(precision), attention, True),
-    }
-    loops = {}
+    loops: dict[str, Loop | Engine] = {}
     timing = {"compile_seconds": 0.0, "first_step_seconds": 0.0}
-    for name, (loss, implementation, compiles) in peers.items():
-        model = build(shape, device, implementation)
-        if compiles:
-            choice = maybe_compile(model, "on", run_flops=0.0, device=device)
-            if not choice.on:
-                print(f"no compiled peer: {choice.why}", file=sys.stderr)
+    for name in ("plain", "maquette eager", "maquette compiled"):
+        model, compiles = build(shape, device), name.endswith("compiled")
+        if name == "plain":
+            loops[name] = Loop(model, plain_loss(precision), rows, shape.batch, steps)
+        else:
+            engine = Engine(model, rows, shape, steps, compiles)
+            if compiles and not engine.choice.on:
+                print(f"no compiled peer: {engine.choice.why}", file=sys.stderr)
                 continue
-        loops[name] = Loop(model, loss, rows, shape.batch, steps)
+            loops[name] = engine
         before, start = compile_seconds(), time.perf_counter()
         loops[name].step()
         synchronise(device)
@@ -298,14 +330,12 @@ def make_loops(
     return loops, timing
 
 
-def benchmark(
-    shape: Shape, device: torch.device, blocks: int, block: int, attention: str
-) -> dict[str, Any]:
+def benchmark(shape: Shape, device: torch.device, blocks: int, block: int) -> dict[str, Any]:
     """Run every peer for `blocks` turns of `block` steps; returns the report."""
     started = machine(device)
     rows, steps = rows_in_memory(shape), WARM_UP_STEPS + blocks * block
     precision = choose_precision(device, "bf16")
-    loops, timing = make_loops(shape, device, rows, steps, precision, attention)
+    loops, timing = make_loops(shape, device, rows, steps, precision)
     trainer_model, rates = build(shape, device), matrix_rates(shape, device)
     seconds: dict[str, list[float]] = {"trainer": [], **{name: [] for name in loops}}
     matrix: dict[str, list[float]] = {name: [] for name in products(shape)}
@@ -313,24 +343,23 @@ def benchmark(
     def take_turns(trainer_seconds: float | None) -> None:
         if trainer_seconds is not None:
             seconds["trainer"].append(trainer_seconds / block)
-            for name, loop in loops.items():
+            for name, peer in loops.items():
                 start = time.perf_counter()
                 for _ in range(block):
-                    loop.step()
+                    peer.step()
                 synchronise(device)
                 seconds[name].append((time.perf_counter() - start) / block)
         for name, rate in rates().items():
             matrix[name].append(rate)
 
     run_trainer(trainer_model, rows, shape, steps, TakeTurns(block, take_turns))
-    models = {"trainer": trainer_model, **{name: loop.model for name, loop in loops.items()}}
+    models = {"trainer": trainer_model, **{name: peer.model for name, peer in loops.items()}}
     losses = {name: held_out_loss(model, rows, precision) for name, model in models.items()}
     return {
         "machine": started,
         "shape": asdict(shape),
         "parameters": sum(p.numel() for p in trainer_model.parameters()),
         "model_flops_per_step": model_flops(shape, device),
-        "attention_of_compiled_peer": attention,
         "blocks": blocks,
         "steps_per_block": block,
         "seconds_per_step": seconds,
@@ -407,18 +436,15 @@ def main() -> int:
     parser.add_argument("--blocks", type=int, default=7, help="turns of each peer")
     parser.add_argument("--steps", type=int, default=4, help="steps in a turn")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--attention", default="sdpa", help="attn_implementation of the compiled peer"
-    )
     parser.add_argument("--json", type=Path, help="also write the report here")
     args = parser.parse_args()
     if importlib.util.find_spec("accelerate") is None:
-        print("the Trainer needs accelerate; mend: pip install accelerate", file=sys.stderr)
+        print("the Trainer needs accelerate; mend: pip install 'maquette[bench]'", file=sys.stderr)
         return 2
     shape = SHAPES[args.shape]
     if args.batch:
         shape = Shape(**{**asdict(shape), "batch": args.batch})
-    report = benchmark(shape, torch.device(args.device), args.blocks, args.steps, args.attention)
+    report = benchmark(shape, torch.device(args.device), args.blocks, args.steps)
     print("\n".join(table(report)))
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
