@@ -1,0 +1,138 @@
+"""What flows between the engine and the parts: clocks, batches, losses, contexts, subjects."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from maquette.data.corpus import Corpus
+    from maquette.parts import Objective
+    from maquette.recipe import Size
+    from maquette.training.ledger import Ledger
+
+
+@dataclass(frozen=True)
+class Clock:
+    """How far a run is. `fraction` is the share of the budget done, in [0, 1].
+
+    generator: torch stream `corrupt` of this micro-batch, on the model's device; a loss that
+    samples (ELECTRA's replacements) draws from it and from nothing else.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0
+    fraction: float = 0.0
+    generator: torch.Generator | None = None
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Raw rows of a text workload before an objective has touched them.
+
+    ids_BT: token ids, int64, shape (B, window); rows may run over document boundaries.
+    segments_BT: index of the document each token belongs to, same shape.
+    """
+
+    ids_BT: np.ndarray
+    segments_BT: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids_BT)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Model-ready tensors.
+
+    n_tokens: tokens the main model reads or predicts (inputs and targets counted once each).
+    n_bytes: bytes of text those tokens stand for.
+    weight: how many terms the loss averages over; micro-batches are combined in this proportion,
+    so that accumulation and sharding give the loss of the whole batch.
+    """
+
+    tensors: Mapping[str, Tensor]
+    n_tokens: int
+    n_bytes: int
+    weight: float
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def to(self, device: torch.device) -> Batch:
+        moved = {k: v.to(device, non_blocking=True) for k, v in self.tensors.items()}
+        return replace(self, tensors=moved)
+
+    @property
+    def signature(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """Shapes by name: two batches of one signature cost the same FLOPs."""
+        return tuple((k, tuple(v.shape)) for k, v in sorted(self.tensors.items()))
+
+
+@dataclass(frozen=True)
+class Loss:
+    """total: differentiable scalar, a mean over `Batch.weight` terms. logs: detached values."""
+
+    total: Tensor
+    logs: Mapping[str, Tensor | float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class State:
+    """What a fitted part learnt: tensors (saved as safetensors) and JSON-able facts."""
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Ctx:
+    """What a part may use of the engine.
+
+    seed: root seed of the run; `rng` and `torch_rng` derive one independent stream per name
+    (`init`, `order`, `corrupt`, `dropout`, `eval`, or a part's own slug), so that a change of
+    objective never moves the data order.
+    """
+
+    device: torch.device
+    seed: int
+    cache: Path
+    ledger: Ledger
+    size: Size | None = None
+    length: int = 0
+    workload: str = ""
+    tokenizer: PreTrainedTokenizerBase | None = None
+    corpus: Corpus | None = None
+
+    def rng(self, stream: str, *more: int) -> np.random.Generator:
+        from maquette.data.order import generator
+
+        return generator(self.seed, stream, *more)
+
+    def torch_rng(self, stream: str, *more: int) -> torch.Generator:
+        import torch
+
+        from maquette.data.order import stream_seed
+
+        generator = torch.Generator(device=self.device)
+        return generator.manual_seed(stream_seed(self.seed, stream, *more) % 2**63)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What an audit looks at: a frozen model, its tokenizer and, if trained here, its extras."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    extra: nn.ModuleDict | None = None
+    objective: Objective | None = None
