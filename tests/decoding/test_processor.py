@@ -142,7 +142,8 @@ def test_strict_decoding_holds_at_dots_inside_tokens_too(seed: int, temperature:
     )
     for samples in written:
         # U+FFFD stands for bytes that are no text; as bytes they count as identifier bytes.
-        assert_members_alone("q" + samples[0].replace("\ufffd", "_"), members)
+        # The last character may still lack bytes; elsewhere a stray byte is a character of its own.
+        assert_members_alone("q" + samples[0].rstrip("\ufffd").replace("\ufffd", "_"), members)
 
 
 def test_without_strict_a_token_that_holds_the_dot_slips_through() -> None:
