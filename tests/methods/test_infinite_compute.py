@@ -76,16 +76,16 @@ def test_the_memory_of_a_weight_is_one_over_rate_times_decay(rate, decay, steps,
 
 @pytest.mark.parametrize(("rate", "decay"), [(0.5, 1.0), (1.0, 0.5), (0.1, 20.0), (0.1, -1.0)])
 def test_a_step_that_would_take_half_a_weight_is_refused(rate, decay):
-    with pytest.raises(ValueError, match="must be below 0.5"):
+    with pytest.raises(ValueError, match=r"must be below 0\.5"):
         check_decay(rate, decay)
 
 
 def test_a_part_refuses_such_a_step_when_it_is_read_and_when_the_size_gives_the_rate():
-    with pytest.raises(ValueError, match="must be below 0.5"):
+    with pytest.raises(ValueError, match=r"must be below 0\.5"):
         StronglyDecayedAdamW(learning_rate=0.2, weight_decay=3.0)
     part = StronglyDecayedAdamW(weight_decay=200.0)
     groups = [{"params": [nn.Parameter(torch.ones(2, 2))], "peak_lr": 4e-3, "weight_decay": 200.0}]
-    with pytest.raises(ValueError, match="must be below 0.5"):
+    with pytest.raises(ValueError, match=r"must be below 0\.5"):
         part.build(groups, Horizon(10))
 
 

@@ -55,8 +55,8 @@ def check_decay(learning_rate: float, weight_decay: float) -> None:
     if not 0 <= learning_rate * weight_decay < MOST_DECAY_PER_STEP:
         raise ValueError(
             f"learning_rate * weight_decay must be below {MOST_DECAY_PER_STEP}, got "
-            f"{learning_rate:g} * {weight_decay:g} = {learning_rate * weight_decay:g} (a step takes "
-            "this share of every decayed weight)"
+            f"{learning_rate:g} * {weight_decay:g} = {learning_rate * weight_decay:g} (the share "
+            "of every decayed weight that a step takes)"
         )
 
 
