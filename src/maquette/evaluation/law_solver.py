@@ -167,7 +167,8 @@ def solve(
         new_cost = huber(new_value - y_BP[active], delta).sum(axis=1)
         better = new_cost <= cost[active]
         gain = cost[active] - new_cost
-        settled = better & (gain <= tolerance * cost[active] + EXACT) & (damping[active] <= 1e-2)
+        settled = better & (gain <= tolerance * cost[active]) & (damping[active] <= 1e-2)
+        settled |= cost[active] <= EXACT
         accepted = active[better]
         theta[accepted], cost[accepted] = tried[better], new_cost[better]
         value[accepted], slope[accepted] = new_value[better], new_slope[better]
