@@ -13,7 +13,15 @@ from collections.abc import Sequence
 
 from cyclopts import CycloptsError
 
-from maquette.cli import data, look, models, runs, studies, upkeep  # noqa: F401 - register verbs
+from maquette.cli import (  # noqa: F401 - each registers its verbs
+    data,
+    forecast,
+    look,
+    models,
+    runs,
+    studies,
+    upkeep,
+)
 from maquette.cli.base import app
 from maquette.errors import MaquetteError
 

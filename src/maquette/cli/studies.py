@@ -109,6 +109,7 @@ def resume(*, on: On = "local", common: Common = Common()) -> None:
     import yaml
 
     from maquette import console
+    from maquette.cli.forecast import forecast_from_study, sentences
     from maquette.study.compare import compare as run_compare
     from maquette.study.study import parse_study
 
@@ -117,6 +118,10 @@ def resume(*, on: On = "local", common: Common = Common()) -> None:
     answers = {}
     for record in open_studies:
         asked = parse_study(yaml.safe_load(record.yaml), name=record.name, where=record.name)
+        if asked.ladder is not None:  # only a forecast keeps its ladder in the store
+            _, report, _ = forecast_from_study(asked, asked.ladder, store, on=on, common=common)
+            answers[record.name] = sentences(report)
+            continue
         with console.StudyProgress(
             len(asked.arms) * len(asked.seeds), quiet=common.as_json
         ) as bars:

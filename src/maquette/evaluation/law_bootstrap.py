@@ -17,7 +17,7 @@ degrees of freedom are those of the points, so that the interval widens to what 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -92,14 +92,21 @@ class Spread:
             for v, value in enumerate(self.fit.law.exponents)
         )
 
-    def draws_at(self, *x: float) -> Array:
-        """The law of every draw at one x, shape (B,)."""
-        u_PV = np.log(np.array([x], dtype=np.float64)) - self.fit.centre_V
-        return np.exp(solver.log_law(self.theta_Bk, u_PV, self.fit.problem.floor)[0][:, 0])
+    def draws_at(self, *x: ArrayLike) -> Array:
+        """The law of every draw at G places, shape (B, G); one number per variable is one place."""
+        places = np.broadcast_arrays(*(np.atleast_1d(np.asarray(v, dtype=np.float64)) for v in x))
+        u_GV = np.log(np.stack(places, axis=1)) - self.fit.centre_V
+        return np.exp(solver.log_law(self.theta_Bk, u_GV, self.fit.problem.floor)[0])
 
     def predict(self, *x: float) -> Range:
         """The law at x: of the mean over runs there, not of one run."""
-        return self.range(float(self.fit.law(*x)), self.draws_at(*x))
+        return self.range(float(self.fit.law(*x)), self.draws_at(*x)[:, 0])
+
+    def band(self, *x: ArrayLike) -> tuple[Array, Array]:
+        """Lower and upper ends of the law's interval at G places."""
+        ends = [(1 - self.level) / 2, (1 + self.level) / 2]
+        low_G, high_G = np.quantile(self.draws_at(*x), ends, axis=0)
+        return low_G, high_G
 
     def laws(self) -> list[Law]:
         """Every draw as a law."""
@@ -211,8 +218,3 @@ def nested_floor(
     theta_Bk = _refit(outer, y_BP)
     spread = Spread(outer, theta_Bk, "points", 0.0, df, None, level)
     return spread.floor, outer.law
-
-
-def difference(left: Spread, right: Spread, at: Callable[[Spread], Array], value: float) -> Range:
-    """A difference left - right of a quantity of two spreads, from their draws in order."""
-    return left.range(value, at(left) - at(right))

@@ -14,11 +14,14 @@ from maquette.config import Frozen, deep_merge, load_yaml, set_dotted, validate
 from maquette.errors import BadInput, did_you_mean
 from maquette.parts import Audit
 from maquette.recipe import RECIPE_KEYS, Recipe, digest, parse_recipe
+from maquette.study.ladder import Ladder, check_arms, parse_ladder
 from maquette.study.statistics import MIN_SEEDS
 from maquette.study.verdict import resolve_smallest_effect
 
 DEFAULT_SEEDS = 5
-STUDY_KEYS = ("question", "seeds", "metric", "baseline", "arms", "amortise_over", "notes")
+STUDY_KEYS = (
+    "question", "seeds", "metric", "baseline", "arms", "amortise_over", "ladder", "notes",
+)  # fmt: skip
 _LOSS_NAMES = frozenset({"loss", "train_loss", "training_loss", "held_out_loss"})
 
 
@@ -40,7 +43,8 @@ class Study:
     """A question with everything needed to answer it; frozen once it has a digest.
 
     seeds: root seeds; arms are paired by them. amortise_over: models expected to share what is
-    paid once, for the `amortised` charging rule.
+    paid once, for the `amortised` charging rule. ladder: for `forecast`; the question `compare`
+    answers is the same without it, so it is not part of the digest.
     """
 
     name: str
@@ -50,6 +54,7 @@ class Study:
     metric: Metric
     seeds: tuple[int, ...]
     amortise_over: float = 1.0
+    ladder: Ladder | None = None
     notes: str = ""
     where: str = ""
 
@@ -141,10 +146,13 @@ def parse_study(data: Mapping[str, Any], *, name: str, where: object = None) -> 
         metric=validate(Metric, metric, where=where, key="metric"),
         seeds=_parse_seeds(data.get("seeds", DEFAULT_SEEDS), where),
         amortise_over=_parse_amortise_over(data.get("amortise_over", 1), where),
+        ladder=parse_ladder(data["ladder"], where=where) if "ladder" in data else None,
         notes=str(data.get("notes", "")),
         where=str(where or ""),
     )
     check_comparable(study)
+    if study.ladder is not None:
+        check_arms(study.arms, where)
     return study
 
 
