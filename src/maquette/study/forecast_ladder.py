@@ -101,7 +101,7 @@ def forecast_study(
         if done.digest is not None
     ]
     whole, notes = _whole_rows(study, runs, ended)
-    forecast = _forecast(study, ladder, whole, draws, level)
+    forecast = forecast_runs(study, ladder, whole, draws=draws, level=level)
     store.save_study(name, text, "done", name=study.name)
     forecast = replace(forecast, notes=(*forecast.notes, *notes))
     return StudyForecast(study, ladder, name, tuple(runs), forecast)
@@ -146,7 +146,17 @@ def _whole_rows(
 # --- from runs to laws ---------------------------------------------------------------------------
 
 
-def _forecast(study: Study, ladder: Ladder, runs: list[Run], draws: int, level: float) -> Forecast:
+def forecast_runs(
+    study: Study,
+    ladder: Ladder,
+    runs: Sequence[Run],
+    *,
+    draws: int = DRAWS,
+    level: float = LEVEL,
+) -> Forecast:
+    """Laws, differences and rank transfer from finished runs, the same (size, budget, seed) of
+    every arm in the same order.
+    """
     largest, metric = ladder.rules[-1], study.metric.name
     notes = []
     if study.direction(metric) == "higher":

@@ -9,6 +9,7 @@ import numpy as np
 
 from maquette.study import plots
 from maquette.study.forecast import Outcome
+from maquette.study.report import quantity
 
 BESIDE = 1.6  # how far a curve goes on beyond the last point, as a factor
 
@@ -24,6 +25,7 @@ def law_plot(
     Returns "" without any fitted outcome.
     """
     import matplotlib as mpl
+    import matplotlib.ticker
 
     fitted = [(outcome, colour) for outcome, colour in outcomes if outcome.spread is not None]
     if not fitted:
@@ -35,6 +37,10 @@ def law_plot(
             _draw(axes, outcome, variable, colour)
         axes.set_xscale("log")
         axes.minorticks_off()
+        first, last = axes.get_xlim()
+        subs = (1.0, 2.0, 5.0) if last / first < 300 else (1.0,)
+        axes.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=subs))
+        axes.xaxis.set_major_formatter(lambda value, _: quantity(value, ""))
         axes.set_xlabel(plots.plain(name))
         axes.set_ylabel(plots.plain(y_label, 44))
         arms = ", ".join(plots.plain(outcome.points.arm) for outcome, _ in fitted)
