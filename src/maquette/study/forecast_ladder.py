@@ -172,6 +172,8 @@ def forecast_runs(
         budget = largest.at(target)
         if budget.unit == "tok":
             at[PARAMS, TOKENS] = (target.weights, budget.amount)
+            if len(ladder.rules) == 1:
+                at[TOKENS,] = (budget.amount,)
         arms = {arm: _laws(arm, ladder, runs) for arm in study.arms}
         forecast = forecast_points(
             arms,
@@ -199,8 +201,10 @@ def _laws(arm: str, ladder: Ladder, runs: Sequence[Run]) -> list[Points]:
     richest = np.array([run.rule == ladder.rules[-1] for run in mine])
     biggest = np.array([run.size == ladder.sizes[-1] for run in mine])
     if len(ladder.rules) == 1:
-        # Along one rule tokens move with the size: over tokens it is the same line, relabelled.
-        return [both.over(PARAMS), both.over(TOKENS)]
+        # Along one rule tokens move with the size: over tokens it is the same line, relabelled;
+        # under one budget of tokens for all sizes they do not move at all.
+        move = len(np.unique(x[:, 1])) > 1
+        return [both.over(PARAMS), *([both.over(TOKENS)] if move else [])]
     return [both, both.over(PARAMS, richest), both.over(TOKENS, biggest)]
 
 
