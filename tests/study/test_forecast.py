@@ -60,7 +60,8 @@ def recorded(ladder, laws=LAWS, noise=0.002, seeds=3):
 def report_of(forecast, **over):
     given = {
         "title": "Does it pay?", "source": "study scale", "digest": "d1ge57",
-        "loss": "bits-per-byte", "level": 0.9, "facts": {"Sizes": "nano, 1m"}, "rerun": ["maquette forecast scale.yaml"],
+        "loss": "bits-per-byte", "level": 0.9, "facts": {"Sizes": "nano, 1m"},
+        "rerun": ["maquette forecast scale.yaml"],
     }  # fmt: skip
     return reporting.build(forecast, **(given | over))
 
