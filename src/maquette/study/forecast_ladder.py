@@ -188,6 +188,8 @@ def forecast_runs(
                 f"every size had the same budget ({largest}), so that larger ones are trained "
                 "less: the law is that of this budget, at the target too"
             )
+    if study.tune is not None:
+        notes.append("the study tunes its arms; on the ladder they run as they are written")
     ranks = _ranks(study, [r for r in runs if r.rule == largest], level)
     return replace(forecast, ranks=ranks, notes=(*forecast.notes, *notes))
 
