@@ -29,6 +29,7 @@ from maquette.evaluation.scaling import Law, NoLaw, check_points, fit_law, held_
 HOFFMANN = Law(1.69, (406.4, 410.7), (0.34, 0.28))  # Hoffmann et al., 2022, eq. 10
 KIM = Law(3.43, (0.05,), (1.02,))  # Kim et al., 2025: billions of parameters
 LADDER = Law(1.5, (60.0,), (0.35,))  # 42% of the loss at the smallest size is above the floor
+WEAK = Law(1.0, (10.0,), (0.15,))  # far from its floor: four sizes hardly tell E from 0
 SIZES = (1e5, 8e5, 3e6, 1.1e7, 3.1e7, 5.9e7)  # nano to 60m
 NOISELESS = {
     "kim, 4 sizes": (KIM, (0.15, 0.3, 0.6, 1.4)),
@@ -51,9 +52,12 @@ class Design:
     """Noise of a t distribution with 4 degrees of freedom instead of a normal one."""
 
 
-def ladder(n_sizes: int, seeds: int, noise: float, *, tail: bool = False) -> Design:
-    name = f"L(N), {n_sizes} sizes x {seeds} seeds, noise {noise:.1%}{', heavy tails' * tail}"
-    return Design(name, LADDER, np.repeat(SIZES[:n_sizes], seeds)[:, None], noise, tail)
+def ladder(
+    n_sizes: int, seeds: int, noise: float, *, law: Law = LADDER, tail: bool = False
+) -> Design:
+    name = f"L(N), {n_sizes} sizes x {seeds} seeds, noise {noise:.1%}"
+    name += ", heavy tails" * tail + ", floor far away" * (law is WEAK)
+    return Design(name, law, np.repeat(SIZES[:n_sizes], seeds)[:, None], noise, tail)
 
 
 def grid(n: int, noise: float) -> Design:
@@ -68,6 +72,7 @@ DESIGNS = (
     ladder(5, 3, 0.01),
     ladder(5, 3, 0.003, tail=True),
     ladder(6, 1, 0.003),
+    ladder(4, 3, 0.005, law=WEAK),
     grid(5, 0.003),
     grid(5, 0.01),
 )

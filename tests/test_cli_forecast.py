@@ -5,9 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from maquette import cli
+from maquette import recipe as recipes
 from maquette.evaluation.scaling import Law
+from maquette.recipe import Size
+from maquette.study import execute
+from maquette.study.store import Store
 
 
 @pytest.fixture
@@ -115,3 +120,59 @@ def test_what_cannot_be_forecast_is_a_bad_input_with_a_mend(run, table, argument
     assert out == ""
     assert message in errors
     assert "Traceback" not in errors
+
+
+# --- a real ladder -------------------------------------------------------------------------------
+
+TINY = [Size(f"tiny{w}", 12 * w * w, w, 1, 2, 32, 64, 4e-3) for w in (8, 16, 24, 32)]
+
+
+@pytest.mark.slow
+def test_a_ladder_is_run_reported_stored_and_never_run_twice(run, world, tmp_path, monkeypatch):
+    for size in TINY:
+        monkeypatch.setitem(recipes.SIZES, size.name, size)
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "cache").symlink_to(world.folder / "cache", target_is_directory=True)
+    study = {
+        "question": "Does it pay at scale?",
+        "workload": world.workload("text/causal"),
+        "size": "nano",
+        "objective": "causal-lm",
+        "budget": "8step",
+        "seeds": 3,
+        "metric": "bits-per-byte",
+        "evaluate": [{"type": "bits-per-byte", "max_tokens": 300}],
+        "arms": {"slow": {"optim": {"type": "adamw", "learning_rate": 1e-5}}, "fast": {}},
+        "ladder": {"sizes": [s.name for s in TINY], "budget": "2step", "target": "nano"},
+    }
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(study))
+    command = ("forecast", path, "--draws", "100", "--device", "cpu", "--on", "local:1", "--json")
+    status, out, errors = run(*command)
+    # Two steps may or may not make a law; either way everything else is there.
+    assert status in (0, 1), errors
+    document = json.loads(out)
+    store = Store(home)
+    stored = [r for r in store.list_runs(document["digest"]) if "bits-per-byte" in r.metrics]
+    assert len(stored) == 4 * 2 * 3
+    assert {r.arm for r in stored} >= {"slow@tiny8", "fast@tiny32"}
+    rows = [row for arm in document["arms"] for row in arm["laws"][0]["rows"]]
+    assert sorted(row[-1] for row in rows) == sorted(r.metrics["bits-per-byte"] for r in stored)
+    assert {row[0] for row in rows} == {size.weights for size in TINY}
+    assert set(document["ranks"]["smallest"]) == {"slow", "fast"}
+    [record] = store.list_studies()
+    assert (record.digest, record.status) == (document["digest"], "done")
+
+    def never(*args, **kwargs):
+        raise AssertionError("trained twice")
+
+    monkeypatch.setattr(execute, "train", never)
+    assert json.loads(run(*command)[1])["arms"] == document["arms"]
+    assert "# Forecast: Does it pay at scale?" in run("show", document["digest"][:10])[1]
+    # A forecast that was stopped is found by `resume` with its ladder.
+    store.save_study(record.digest, record.yaml, "running", name=record.name)
+    status, out, errors = run("resume", "--device", "cpu", "--on", "local:1", "--json")
+    assert status == 0, errors
+    assert any("Kendall" in line for line in json.loads(out)["mine"])
+    assert Store(home).list_studies()[0].status == "done"

@@ -1,4 +1,4 @@
-"""Forecasts: from recorded runs of a ladder, and from a real ladder of very small models."""
+"""Forecasts from the recorded runs of a ladder; `test_cli_forecast` runs a real one."""
 
 import html
 import json
@@ -216,7 +216,7 @@ def test_a_floor_is_never_written_without_its_interval(rendered):
         assert text[found.end() :].startswith(" (")
 
 
-# --- a real ladder -------------------------------------------------------------------------------
+# --- ladders that do not run ---------------------------------------------------------------------
 
 TINY = [Size(f"tiny{w}", 12 * w * w, w, 1, 2, 32, 64, 4e-3) for w in (8, 16, 24, 32)]
 
@@ -235,35 +235,6 @@ def tiny(world, **over):
     )
     ladder = {"sizes": [s.name for s in TINY], "budget": "2step", "target": "nano"}
     return asked, parse_ladder(ladder)
-
-
-@pytest.mark.slow
-def test_a_ladder_is_run_stored_and_not_run_twice(world, tiny_sizes, monkeypatch):
-    asked, ladder = tiny(world)
-    store = world.store("forecast")
-    done = []
-    found = forecast_study(asked, ladder, store, OPTIONS, draws=100, on_done=done.append)
-    assert len(done) == 4 * 2 * 3
-    assert {run.size for run in found.runs} == set(ladder.sizes)
-    for run in found.runs:
-        assert run.params == SIZES[run.size].weights
-        assert run.tokens == 2 * 64
-    stored = store.list_runs(found.digest)
-    assert {r.arm for r in stored} >= {"plain@tiny8", "better@tiny32"}
-    assert sorted(r.value for r in found.runs) == sorted(
-        r.metrics["bits-per-byte"] for r in stored if "bits-per-byte" in r.metrics
-    )
-    [record] = [s for s in store.list_studies() if s.digest == found.digest]
-    assert record.status == "done"
-    assert "ladder" in record.yaml
-
-    def never(*args, **kwargs):
-        raise AssertionError("trained twice")
-
-    monkeypatch.setattr(execute, "train", never)
-    again = forecast_study(asked, ladder, store, OPTIONS, draws=100)
-    assert again.digest == found.digest
-    assert again.runs == found.runs
 
 
 def test_a_ladder_whose_runs_fail_says_which(world, tiny_sizes, monkeypatch):
