@@ -16,7 +16,7 @@ from maquette.recipe import SIZES, digest
 from maquette.study.compare import prepare_corpora
 from maquette.study.execute import Options, pick_device
 from maquette.study.forecast import Forecast, Points, forecast_points
-from maquette.study.ladder import Ladder, Rule, check_arms, on_rung
+from maquette.study.ladder import Ladder, Rule, anchor, check_arms, on_rung
 from maquette.study.pool import Task, TaskDone, run_tasks
 from maquette.study.ranks import RankTransfer, rank_transfer
 from maquette.study.statistics import MIN_SEEDS
@@ -30,7 +30,7 @@ PARAMS, TOKENS = "params", "tokens"
 
 @dataclass(frozen=True)
 class Run:
-    """One finished run of the ladder. params: of the size; tokens: that its last stage read."""
+    """One finished run of the ladder. params: of the size. tokens: that its last training read."""
 
     arm: str
     size: str
@@ -93,7 +93,10 @@ def forecast_study(
         for seed in study.seeds
         for arm in study.arms
     }
-    prepare_corpora([task.recipe for task in tasks.values()], store, pick_device(options.device))
+    first = [
+        on_rung(arm, SIZES[s], ladder.rules[0]) for s in ladder.sizes for arm in study.arms.values()
+    ]
+    prepare_corpora(first, store, pick_device(options.device))
     ended = run_tasks([*tasks.values()], store, options, workers, on_progress, on_done)
     runs = [
         _run(key, done, study.metric.name, store)
@@ -116,8 +119,10 @@ def _run(key: tuple[str, str, Rule, int], done: TaskDone, metric: str, store: St
     arm, size, rule, seed = key
     assert done.digest is not None
     record = store.run(done.digest)
-    last = store.run(record.metrics["stages"][-1])
-    tokens = last.ledger.get("train", {}).get("tokens", 0.0)
+    # The last stage that trains: an ensemble at the end reads nothing.
+    stages = done.task.recipe.stages
+    trained = record.metrics["stages"][stages.index(anchor(done.task.recipe))]
+    tokens = store.run(trained).ledger.get("train", {}).get("tokens", 0.0)
     return Run(arm, size, rule, seed, SIZES[size].weights, tokens, float(record.metrics[metric]))
 
 
