@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
@@ -142,6 +142,10 @@ class DataOp(Part):
 
     def fit(self, sample: pa.Table, ctx: Ctx) -> State:
         return State()
+
+    def added(self, state: State) -> Iterable[pa.RecordBatch]:
+        """Documents of this part's own, which join the training part after all rows have passed."""
+        return ()
 
     @abstractmethod
     def apply(self, batch: pa.RecordBatch, state: State) -> pa.RecordBatch: ...

@@ -9,7 +9,6 @@ from maquette.methods.optim.infinite_compute import (
     StronglyDecayedAdamW,
     check_decay,
     decay_time,
-    mixed_steps,
 )
 from maquette.schedules import Horizon
 
@@ -87,10 +86,3 @@ def test_a_part_refuses_such_a_step_when_it_is_read_and_when_the_size_gives_the_
     groups = [{"params": [nn.Parameter(torch.ones(2, 2))], "peak_lr": 4e-3, "weight_decay": 200.0}]
     with pytest.raises(ValueError, match=r"must be below 0\.5"):
         part.build(groups, Horizon(10))
-
-
-def test_sampled_text_lengthens_a_run_so_that_the_real_text_is_read_as_often():
-    assert mixed_steps(800, 16, 0.75) == 51_200
-    assert mixed_steps(800, 16, 0.0) == 12_800
-    with pytest.raises(ValueError, match="teacher_share"):
-        mixed_steps(800, 16, 1.0)

@@ -60,20 +60,6 @@ def check_decay(learning_rate: float, weight_decay: float) -> None:
         )
 
 
-def mixed_steps(steps_per_epoch: int, epochs: float, teacher_share: float) -> int:
-    """Steps of a run that sees its real data `epochs` times beside sampled text.
-
-    steps_per_epoch: steps of one pass over the real data alone. teacher_share: fraction of every
-    step's tokens that a teacher wrote, in [0, 1). 800 steps, 16 epochs, 0.75 -> 51,200.
-    """
-    if steps_per_epoch < 1 or epochs <= 0 or not 0 <= teacher_share < 1:
-        raise ValueError(
-            f"needs steps_per_epoch >= 1, epochs > 0 and teacher_share in [0, 1), got "
-            f"{steps_per_epoch}, {epochs} and {teacher_share}"
-        )
-    return round(steps_per_epoch * epochs / (1 - teacher_share))
-
-
 @register("infinite-compute")
 class StronglyDecayedAdamW(Optim):
     """AdamW whose block matrices (and untied head) decay strongly, for data-limited runs."""
