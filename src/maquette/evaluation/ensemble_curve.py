@@ -93,7 +93,8 @@ def curve_bits(
         targets = torch.from_numpy(read.targets_BT).to(device)
         bits_KBT, rival_BT = cumulative_bits(members, inputs, targets)
         summed_KB = (bits_KBT.cpu().numpy() * read.real_BT).sum(axis=2)
-        np.add.at(bits_KN, (slice(None), read.row), summed_KB)
+        for bits_N, summed_B in zip(bits_KN, summed_KB, strict=True):
+            np.add.at(bits_N, read.row, summed_B)
         np.add.at(rival_N, read.row, (rival_BT.cpu().numpy() * read.real_BT).sum(axis=1))
     return chosen, bits_KN, rival_N
 
@@ -235,15 +236,18 @@ print(found.floor, found.exponent)  # 3.34 with its interval, 0.8
         mean = {row["metric"]: row["mean"] for row in rows}
         curve = [mean[name] for k in range(1, len(mean) + 1) if (name := f"bpb-k{k}") in mean]
         limit = asymptote(curve, rng)
-        none = {"low": None, "high": None, "note": ""}
-        last = {"metric": "limit of bpb-k", "mean": None, "items": len(items["item"].unique())}
-        if limit.floor is None:
-            found = {**none, "note": limit.reason}
-        else:
-            last["mean"] = limit.floor.value
+        low = high = value = None
+        note = limit.reason
+        if limit.floor is not None:
+            value, low, high = limit.floor.value, limit.floor.low, limit.floor.high
             note = f"exponent {limit.exponent:.3g}, misfit {limit.misfit:.2g}"
-            found = {"low": limit.floor.low, "high": limit.floor.high, "note": note}
-        return [*({**row, **none} for row in rows), {**last, **found}]
+        bare: dict[str, Any] = {"low": None, "high": None, "note": ""}
+        n_items = len(items["item"].unique())
+        return [
+            *({**row, **bare} for row in rows),
+            {"metric": "limit of bpb-k", "mean": value, "items": n_items, "low": low,
+             "high": high, "note": note},
+        ]  # fmt: skip
 
 
 def _mean_weights(members: Sequence[PreTrainedModel]) -> PreTrainedModel | None:

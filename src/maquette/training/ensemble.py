@@ -69,7 +69,7 @@ class LogitMean(PreTrainedModel, GenerationMixin):
         assert total is not None
         return CausalLMOutputWithPast(
             logits=total / len(self.members),
-            past_key_values=tuple(caches) if use_cache else None,  # type: ignore[arg-type]
+            past_key_values=tuple(caches) if use_cache else None,
         )
 
     def get_input_embeddings(self) -> nn.Module:
