@@ -267,6 +267,10 @@ class Optim(Part):
         run.optimizer.zero_grad(set_to_none=True)
         return logs
 
+    def diagnose(self, run: Run) -> dict[str, str]:
+        """Notes for the report on a finished run; `{}` when there is nothing to say."""
+        return {}
+
 
 class Surgery(Part):
     """A change of model or tokenizer before training, recorded in the checkpoint.

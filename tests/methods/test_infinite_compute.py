@@ -1,5 +1,7 @@
 """Strong decay against its closed form, and which weights it touches."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -86,3 +88,24 @@ def test_a_part_refuses_such_a_step_when_it_is_read_and_when_the_size_gives_the_
     groups = [{"params": [nn.Parameter(torch.ones(2, 2))], "peak_lr": 4e-3, "weight_decay": 200.0}]
     with pytest.raises(ValueError, match=r"must be below 0\.5"):
         part.build(groups, Horizon(10))
+
+
+def test_the_memory_is_also_told_in_passes_over_the_data():
+    tau = decay_time(3e-3, 1.6, 12_800, epochs=16)  # 800 steps a pass
+    assert tau.epochs == pytest.approx(208.33 / 800, rel=1e-4)
+    assert str(tau) == "208 steps, 0.26 epochs, 1.6% of the run"
+
+
+@pytest.mark.parametrize(
+    ("decay", "says"), [(0.1, "hardly regularises"), (20.0, None), (0.0, None), (199.0, "little")]
+)
+def test_a_decay_that_does_nothing_or_everything_is_noted(decay, says):
+    part = StronglyDecayedAdamW(learning_rate=2e-3, weight_decay=decay)
+    optimizer = part.build(part.groups(llama(tied=True), nn.ModuleDict()), Horizon(400))
+    run = SimpleNamespace(
+        optimizer=optimizer, horizon=Horizon(400), ctx=SimpleNamespace(corpus=None)
+    )
+    run.clock = SimpleNamespace(tokens=0)
+    found = part.diagnose(run)
+    assert bool(found) == (says is not None)
+    assert says is None or says in found["weight decay"]

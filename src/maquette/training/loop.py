@@ -327,7 +327,7 @@ def _finish(run: LiveRun, feeder: Feeder, folder: Path) -> Outcome:
         run.extra.eval(),
         run.ctx.ledger,
         run.step,
-        run.objective.diagnose(logged),
+        {**run.stage.optim.diagnose(run), **run.objective.diagnose(logged)},
     )
 
 

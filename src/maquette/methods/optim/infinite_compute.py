@@ -16,7 +16,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from maquette.parts import Card, Optim, register
+from maquette.parts import Card, Optim, Run, register
 from maquette.schedules import Horizon, Schedule
 from maquette.training.layers import decayed_groups
 
@@ -30,24 +30,34 @@ PAPER_DECAY = 1.6
 class DecayTime:
     """How long a weight remembers a gradient: tau = 1 / (learning rate * decay), three ways.
 
-    steps: optimiser steps. share: of the whole run. A memory longer than the run is no
-    regularisation; one far shorter than a pass over the data underfits.
+    steps: optimiser steps. share: of the whole run. epochs: passes over the data, None where
+    their length is not known. A memory longer than the run is no regularisation; one far shorter
+    than a pass over the data underfits.
     """
 
     steps: float
     share: float
+    epochs: float | None = None
+
+    def __str__(self) -> str:
+        passes = "" if self.epochs is None else f", {self.epochs:.2g} epochs"
+        return f"{self.steps:.0f} steps{passes}, {self.share:.1%} of the run"
 
 
-def decay_time(learning_rate: float, weight_decay: float, steps: int) -> DecayTime:
+def decay_time(
+    learning_rate: float, weight_decay: float, steps: int, epochs: float | None = None
+) -> DecayTime:
     """The time constant of decoupled weight decay at the peak rate, in a run of `steps`.
 
+    epochs: passes over the data that the run makes.
     Raises ValueError unless 0 < learning_rate * weight_decay < 0.5 and steps >= 1.
     """
     check_decay(learning_rate, weight_decay)
     if weight_decay == 0 or steps < 1:
         raise ValueError(f"needs a decay above 0 and a step, got {weight_decay} and {steps}")
     tau = 1 / (learning_rate * weight_decay)
-    return DecayTime(tau, tau / steps)
+    share = tau / steps
+    return DecayTime(tau, share, None if epochs is None else share * epochs)
 
 
 def check_decay(learning_rate: float, weight_decay: float) -> None:
@@ -105,7 +115,7 @@ from maquette.schedules import Horizon
 
 part = StronglyDecayedAdamW(learning_rate=3e-3, weight_decay=4.0)
 print(decay_time(3e-3, 4.0, steps=512))  # 83 steps, 16% of the run
-model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(16, 2, 32), 2)
+model = torch.nn.TransformerEncoderLayer(16, 2, 32)
 optimizer = part.build(part.groups(model, torch.nn.ModuleDict()), Horizon(512))
 model(torch.ones(3, 1, 16)).sum().backward()
 optimizer.step()
@@ -128,11 +138,6 @@ optimizer.step()
         """torch.optim.AdamW. Raises ValueError when a step would halve a weight."""
         rate = max(group.get("peak_lr", 0.0) for group in groups)
         check_decay(rate, self.weight_decay)
-        if rate and self.weight_decay:
-            tau = decay_time(rate, self.weight_decay, horizon.steps)
-            log.info(
-                "weight decay forgets in %.0f steps, %.1f%% of the run", tau.steps, 100 * tau.share
-            )
         return torch.optim.AdamW(
             groups,
             lr=rate or 1e-3,
@@ -140,3 +145,17 @@ optimizer.step()
             eps=self.eps,
             fused=True,
         )
+
+    def diagnose(self, run: Run) -> dict[str, str]:
+        """A note when the decay forgets within 1% of the run, or not within it."""
+        rate = max(group.get("peak_lr", 0.0) for group in run.optimizer.param_groups)
+        if not (rate and self.weight_decay):
+            return {}
+        tokens = run.ctx.corpus.train.n_tokens if run.ctx.corpus else 0
+        epochs = run.clock.tokens / tokens if tokens else None
+        tau = decay_time(rate, self.weight_decay, run.horizon.steps, epochs)
+        log.info("weight decay forgets in %s", tau)
+        if 0.01 <= tau.share <= 1:
+            return {}
+        effect = "hardly regularises" if tau.share > 1 else "leaves little that was learnt"
+        return {"weight decay": f"forgets in {tau}, so that it {effect}"}
