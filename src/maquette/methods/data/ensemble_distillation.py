@@ -167,7 +167,7 @@ print(len(found.documents), "documents of", found.n_tokens, "tokens")
     """Tokens at which a document that does not end is cut."""
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Logits are divided by it; below 1 the student learns a sharpened language."""
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(128, ge=1)
     """Documents written side by side."""
     domain: str = "teacher"
     """Domain of the sampled documents, by which a feed weighs them."""
