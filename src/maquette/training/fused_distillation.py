@@ -61,6 +61,41 @@ def soft_targets(
     return torch.softmax(scaled, -1)
 
 
+def mixture_loss(
+    logits_NV: Tensor,
+    labels_N: Tensor,
+    teacher_NU: Tensor | None,
+    *,
+    share: float,
+    temperature: float = 1.0,
+    vocabulary: int | None = None,
+    top_k: int | None = None,
+    ignore_index: int = -100,
+) -> Mixture:
+    """`linear_mixture_loss` of a student whose logits are at hand, all of them at once.
+
+    For heads that are no linear layer, and to read the formula. Arguments, returns and errors are
+    those of `linear_mixture_loss`.
+    """
+    _check_share(share)
+    n = _shared_ids(logits_NV.shape[-1], vocabulary, temperature, top_k)
+    live = labels_N != ignore_index
+    labels_N = labels_N[live]
+    exact = torch.promote_types(logits_NV.dtype, torch.float32)
+    log_p_NV = torch.log_softmax(logits_NV[live], -1, dtype=exact)
+    with torch.no_grad():
+        teacher = _Teacher(
+            lambda here: None if teacher_NU is None else teacher_NU[live],
+            *(temperature, n, vocabulary is None, top_k),
+        )
+        q_NU, own, finite = teacher.targets(slice(None), labels_N.unsqueeze(1), log_p_NV)
+        _check_sums(float(live.sum()), float(finite))
+    ce = -log_p_NV.gather(1, labels_N.unsqueeze(1)).mean()
+    kd = -(q_NU * log_p_NV[:, :n]).sum(1).mean()
+    total = (1 - share) * ce + share * kd
+    return Mixture(total, ce.detach(), kd.detach(), own.mean(), live.sum())
+
+
 def linear_mixture_loss(
     hidden_ND: Tensor,
     weight_VD: Tensor,
@@ -92,13 +127,9 @@ def linear_mixture_loss(
     Raises ValueError for shapes or values that do not fit, if no row counts, or if the teacher's
     logits are not finite.
     """
-    if not 0 <= share <= 1:
-        raise ValueError(f"share must be in [0, 1], got {share} (the teacher's part of the target)")
+    _check_share(share)
     _check_shapes(hidden_ND, weight_VD, labels_N, bias, teacher_NE)
-    n = weight_VD.shape[0] if vocabulary is None else vocabulary
-    if not 1 <= n <= weight_VD.shape[0]:
-        raise ValueError(f"vocabulary must be in [1, V = {weight_VD.shape[0]}], got {n}")
-    _check_teacher(n, temperature, n, top_k)
+    n = _shared_ids(weight_VD.shape[0], vocabulary, temperature, top_k)
     rows = default_chunk(weight_VD.shape[0], hidden_ND.device) if chunk is None else chunk
     if rows < 1:
         raise ValueError(f"chunk must be at least 1, got {rows} (rows of logits held at once)")
@@ -235,6 +266,19 @@ def _chunk(
     grad_CV.scatter_add_(1, label_C1, torch.full_like(label_C1, share - 1, dtype=grad_CV.dtype))
     grad_CV[:, : teacher.n].sub_(q_CU, alpha=share)
     return torch.cat([sums[:1], finite.view(1), sums[1:]]), grad_CV.mul_(counts_C.unsqueeze(1))
+
+
+def _check_share(share: float) -> None:
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must be in [0, 1], got {share} (the teacher's part of the target)")
+
+
+def _shared_ids(width: int, vocabulary: int | None, temperature: float, top_k: int | None) -> int:
+    """Ids that both models know, for a student of `width` logits."""
+    n = width if vocabulary is None else vocabulary
+    if not 1 <= n <= width:
+        raise ValueError(f"vocabulary must be in [1, V = {width}], got {n}")
+    return _check_teacher(n, temperature, n, top_k)
 
 
 def _check_sums(count: float, finite: float) -> None:
