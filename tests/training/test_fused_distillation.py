@@ -228,6 +228,15 @@ def test_it_counts_the_flops_of_the_students_head_and_of_the_teachers_forward_he
     assert counter.total - counter.of("teacher") == 3 * 2 * 40 * 8 * 19
 
 
+def test_without_gradients_only_the_forward_pass_is_made():
+    from maquette.training.ledger import FlopCounter
+
+    hidden, weight, _, labels, states, teacher = problem(n=40)
+    with torch.no_grad(), FlopCounter({"teacher": teacher}) as counter:
+        linear_mixture_loss(hidden.detach(), weight, labels, states, head=teacher, share=0.5)
+    assert counter.total - counter.of("teacher") == 2 * 40 * 8 * 19
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -143,6 +143,8 @@ def linear_mixture_loss(
         with torch.autocast(kind, dtype=dtype if casts else None, enabled=casts):
             return head(teacher_NE[here])
 
+    if not torch.is_grad_enabled():  # else gradients of leaves would be made and thrown away
+        weight_VD, bias = weight_VD.detach(), None if bias is None else bias.detach()
     teacher = _Teacher(logits_of, temperature, n, vocabulary is None, top_k)
     # Cast outside the function: autograd then returns each gradient in its own tensor's type.
     with torch.autocast(kind, enabled=False):
