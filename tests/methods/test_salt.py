@@ -107,12 +107,11 @@ def test_options_that_do_not_fit_are_refused(options, message):
 
 
 def test_a_teacher_of_the_recipe_is_read_only_when_something_is_distilled():
-    stage = {"stage": "small"}
-    assert SmallModelAided(teacher=stage).reads() == {"small": "helper"}
-    assert SmallModelAided(teacher=stage, until=0.0).reads() == {}
-    assert SmallModelAided(teacher=stage, until="0step").reads() == {}
-    assert SmallModelAided(teacher=stage, weight=0.0).reads() == {}
-    assert SmallModelAided(teacher="a/folder").reads() == {}
+    assert SmallModelAided(teacher="small").reads() == {"small": "helper"}
+    assert SmallModelAided(teacher="small", until=0.0).reads() == {}
+    assert SmallModelAided(teacher="small", until="0step").reads() == {}
+    assert SmallModelAided(teacher="small", weight=0.0).reads() == {}
+    assert SmallModelAided(teacher="./small").reads() == {}
 
 
 # --- the loss on models --------------------------------------------------------------------------
@@ -384,6 +383,19 @@ def test_an_adaptive_run_bills_its_looks_and_stops_paying_when_it_switches(world
     per_row = fixed.ledger()["teacher"]["flops"] / (4 * 32)  # 32 rows of 32 tokens a step
     assert look["teacher"] == pytest.approx(16 * per_row)
     assert look["train"] == pytest.approx(16 * per_row)  # a student of the same shape
+
+
+def test_a_stage_of_the_recipe_teaches_and_its_training_is_a_helpers(world, small):
+    data = recipe(world, teacher="small", until=0.5)
+    stages = [
+        {"name": "small", "objective": "causal-lm", "budget": "40step", "reseed": 1},
+        {"name": "large"},
+    ]
+    run = world.train({**data, "stages": stages})
+    folder = world.train(recipe(world, teacher=small, until=0.5))
+    assert run.ledger()["teacher"] == folder.ledger()["teacher"]
+    assert run.ledger()["helper"]["tokens"] == 40 * 32 * 32
+    assert len(losses(run, "kd")) == 4
 
 
 def test_label_smoothing_needs_no_teacher_and_costs_nothing(world):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from maquette.config import Frozen
 from maquette.data import tokenizers
 from maquette.errors import BadInput
 from maquette.training.attention import use_fast_attention
@@ -19,29 +20,40 @@ if TYPE_CHECKING:
     from maquette.flow import Ctx
 
 
-class StageModel(Frozen):
-    """The finished model of another stage of the recipe."""
+def names_a_stage(model: str) -> bool:
+    """Whether a model's name is that of a stage of the recipe: it holds no slash.
 
-    stage: str
-    """Its name."""
-
-
-ModelRef = str | StageModel
-"""A folder or hub name of a Hugging Face model, or `{stage: name}`."""
+    A folder or a hub name holds one (`./small`, `openai-community/gpt2`).
+    """
+    return not any(slash in model for slash in "/\\")
 
 
-def reads_of(model: ModelRef | None, cause: str) -> dict[str, str]:
+def reads_of(model: str | None, cause: str) -> dict[str, str]:
     """What a part that uses this model reads (`Part.reads`)."""
-    return {model.stage: cause} if isinstance(model, StageModel) else {}
+    return {model: cause} if model is not None and names_a_stage(model) else {}
 
 
-def load_frozen(model: ModelRef, ctx: Ctx, key: str) -> tuple[PreTrainedModel, Any]:
+def content_of(model: str) -> str:
+    """Text that changes when a folder's files do; a stage's or hub's model is known by its name."""
+    folder = Path(model)
+    if names_a_stage(model) or not folder.is_dir():
+        return model
+    whole = hashlib.blake2b(digest_size=16)
+    for file in sorted(f for f in folder.iterdir() if f.is_file()):
+        with file.open("rb") as stream:
+            content = hashlib.file_digest(stream, "sha256").hexdigest()
+        whole.update(f"{file.name} {content} ".encode())
+    return whole.hexdigest()
+
+
+def load_frozen(model: str, ctx: Ctx, key: str) -> tuple[PreTrainedModel, Any]:
     """A causal language model without gradients, in eval mode, on the run's device; its tokenizer.
 
-    key: the option that names it, for errors. Raises BadInput if it cannot be loaded.
+    model: a stage of the recipe, or a folder or hub name; see `names_a_stage`. key: the option
+    that names it, for errors. Raises BadInput if it cannot be loaded.
     """
-    if isinstance(model, StageModel):
-        subject = ctx.stage(model.stage).load()
+    if names_a_stage(model):
+        subject = ctx.stage(model).load()
         found, tokenizer = subject.model, subject.tokenizer
     else:
         from transformers import AutoModelForCausalLM
@@ -53,7 +65,7 @@ def load_frozen(model: ModelRef, ctx: Ctx, key: str) -> tuple[PreTrainedModel, A
                 f"`{model}` cannot be loaded as a causal model ({str(error).splitlines()[0]})",
                 key=key,
                 mend="a folder written by save_pretrained, or a hub name that is in the local "
-                "cache; `{stage: name}` for a stage of the recipe",
+                "cache; the name of a stage has no slash",
             ) from None
         tokenizer = tokenizers.load(model)
     if not found.can_generate() or found.config.is_encoder_decoder:

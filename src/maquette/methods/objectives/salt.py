@@ -26,7 +26,6 @@ from maquette.parts import Batch, Card, Clock, Ctx, Examples, Loss, Needs, Objec
 from maquette.training.heads import next_token_loss
 from maquette.training.teachers import (
     FrozenTeacher,
-    ModelRef,
     check_reads_alike,
     load_frozen,
     next_token_mixture,
@@ -199,12 +198,14 @@ for step in range(n):
 """,
     )
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
+        {"teacher": "small", "until": 0.5},
+        {"teacher": "small", "until": "overtake", "every": 2, "validation_rows": 4},
         {"control": "smoothing", "weight": 0.1, "until": 0.5},
     )
 
-    teacher: ModelRef | None = None
-    """The small model, of the run's own tokenizer: `{stage: name}` of the recipe, or a folder or
-    hub name of a Hugging Face model."""
+    teacher: str | None = None
+    """The small model, of the run's own tokenizer: a stage of the recipe (`small`), or a folder or
+    hub name of a Hugging Face model, which holds a slash (`./small`)."""
     weight: float = Field(0.667, ge=0, le=1)
     """w: the teacher's part of the target."""
     temperature: float = Field(0.5, gt=0, allow_inf_nan=False)
@@ -245,7 +246,7 @@ for step in range(n):
             if self.teacher is not None or self.until == OVERTAKE or self.top_k is not None:
                 raise ValueError("control: smoothing has no teacher, no top_k and no overtaking")
         elif self._distils and self.teacher is None:
-            raise ValueError("teacher is required: `{stage: name}`, a folder or a hub name")
+            raise ValueError("teacher is required: a stage, a folder or a hub name")
         if self.until == OVERTAKE and self.switch != "abrupt":
             raise ValueError(f"until: {OVERTAKE} ends at once; switch must be abrupt")
         return self
