@@ -74,7 +74,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
     weights = q.new_empty(N * _n_weights(T))
     hidden = q.new_full((BLOCK, BLOCK), float("-inf")).triu_(1)
     for start, end, weights_NCS in _weights_of_blocks(weights, N, T):
-        scores_NCS = _scaled_bmm(q_NTD[:, start:end], k_NTD[:, :end].mT, scale)
+        scores_NCS = torch.empty_like(weights_NCS)
+        # With a beta of 0 nothing is read of what the product is written to.
+        scores_NCS.baddbmm_(q_NTD[:, start:end], k_NTD[:, :end].mT, beta=0, alpha=scale)
         scores_NCS[:, :, start:] += hidden[: end - start, : end - start]
         torch.softmax(scores_NCS, -1, out=weights_NCS)
         torch.bmm(weights_NCS, v_NTD[:, :end], out=out_NTD[:, start:end])
@@ -94,16 +96,11 @@ def _attend_backward(
         d_out_NCD, q_NCD = d_out_NTD[:, start:end], q_NTD[:, start:end]
         d_p_NCS = torch.bmm(d_out_NCD, v_NTD[:, :end].mT)
         d_scores_NCS = torch.ops.aten._softmax_backward_data(d_p_NCS, p_NCS, -1, p_NCS.dtype)
-        d_q[:, start:end] = _scaled_bmm(d_scores_NCS, k_NTD[:, :end], scale)
+        d_q[:, start:end].baddbmm_(d_scores_NCS, k_NTD[:, :end], beta=0, alpha=scale)
         keep = 0 if end == T else 1
         d_k[:, :end].baddbmm_(d_scores_NCS.mT, q_NCD, beta=keep, alpha=scale)
         d_v[:, :end].baddbmm_(p_NCS.mT, d_out_NCD, beta=keep)
     return d_q.view(q.shape), d_k.view(k.shape), d_v.view(v.shape)
-
-
-def _scaled_bmm(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """a @ b * scale, rounded once: a beta of 0 reads nothing of the first argument."""
-    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale)
 
 
 @_attend.register_fake
