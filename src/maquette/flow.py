@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from maquette.training.distributed import ALONE, Team
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
@@ -74,9 +76,26 @@ class Batch:
         return replace(self, tensors=moved)
 
     @property
-    def signature(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    def signature(self) -> Signature:
         """Shapes by name: two batches of one signature cost the same FLOPs."""
         return tuple((k, tuple(v.shape)) for k, v in sorted(self.tensors.items()))
+
+    @property
+    def outline(self) -> Outline:
+        return Outline(self.signature, self.n_tokens, self.n_bytes, self.weight)
+
+
+Signature = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A batch without its tensors: what other ranks need to know of it."""
+
+    signature: Signature
+    n_tokens: int
+    n_bytes: int
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -102,6 +121,7 @@ class Ctx:
     seed: root seed of the run; `rng` and `torch_rng` derive one independent stream per name
     (`init`, `order`, `corrupt`, `dropout`, `eval`, or a part's own slug), so that a change of
     objective never moves the data order.
+    team: the ranks that train together; all of them see the same seed and the same corpus.
     """
 
     device: torch.device
@@ -113,6 +133,7 @@ class Ctx:
     workload: str = ""
     tokenizer: PreTrainedTokenizerBase | None = None
     corpus: Corpus | None = None
+    team: Team = ALONE
 
     def rng(self, stream: str, *more: int) -> np.random.Generator:
         from maquette.data.order import generator

@@ -1,0 +1,182 @@
+"""Checkpoints of sharded runs: every rank writes and reads its own share of each tensor.
+
+`torch.distributed.checkpoint` plans who writes and reads what, so that a checkpoint of N ranks
+loads on M. The files are safetensors: the library's own format keeps its index as a pickle.
+
+    shards/     model.*, extra.* and optim.* over all ranks
+    optim.json  the optimiser's plain data, and which of its tensors are scalars
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maquette.errors import RunFailed
+from maquette.training.distributed import Team, peers
+from maquette.training.trees import flatten, unflatten
+
+SHARDS = "shards"
+OPTIMIZER = "optim.json"
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether the module's weights are shares of larger tensors."""
+    return any(hasattr(p, "full_tensor") for p in module.parameters())
+
+
+def weights_of(module: nn.Module, prefix: str) -> dict[str, Tensor]:
+    """Parameters and stored buffers by name, tied ones once, as they are held (not copied)."""
+    stored = set(module.state_dict())
+    held = {n: p.detach() for n, p in module.named_parameters()}
+    held |= {n: b for n, b in module.named_buffers() if n in stored}
+    return {f"{prefix}.{name}": tensor for name, tensor in held.items()}
+
+
+def write(
+    folder: Path,
+    model: nn.Module,
+    extra: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    team: Team,
+) -> None:
+    """Write all shares into `folder`; every rank calls this with the same folder."""
+    from torch.distributed import checkpoint as dcp
+
+    states: dict[str, Tensor] = {}
+    tree = flatten(optimizer.state_dict(), states, "optim", copied=False)
+    scalars = sorted(name for name, tensor in states.items() if tensor.ndim == 0)
+    tensors = weights_of(model, "model") | weights_of(extra, "extra") | states
+    with _explained(folder):
+        dcp.save(
+            # A file's index cannot say where in a whole a tensor without sides belongs.
+            {n: t.reshape(1) if t.ndim == 0 else t for n, t in tensors.items()},
+            storage_writer=dcp.HuggingFaceStorageWriter(
+                str(folder / SHARDS), save_distributed=True
+            ),
+            process_group=team.control,
+        )
+    text = json.dumps({"tree": tree, "scalars": scalars})
+    team.lead(lambda: (folder / OPTIMIZER).write_text(text))
+
+
+def read(
+    folder: Path,
+    model: nn.Module,
+    extra: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    team: Team,
+) -> None:
+    """Load what `write` wrote, on any number of ranks, sharded or whole."""
+    from torch.distributed import checkpoint as dcp
+
+    reader = dcp.HuggingFaceStorageReader(str(folder / SHARDS))
+    shapes = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if name.startswith("optim.")
+    }
+    stored = json.loads((folder / OPTIMIZER).read_text())
+    names = {id(shape): name for name, shape in shapes.items()}
+    targets: dict[str, Tensor] = {}
+
+    def place(shape: Tensor, like: nn.Parameter) -> Tensor:
+        target = torch.empty_like(like) if shape.shape == like.shape else None
+        if target is None or target.dtype != shape.dtype:
+            target = torch.empty(shape.shape, dtype=shape.dtype, device=like.device)
+        targets[names[id(shape)]] = target
+        return target
+
+    state = per_parameter(unflatten(stored["tree"], shapes), optimizer, place)
+    weights = weights_of(model, "model") | weights_of(extra, "extra")
+    whole = {n: t.reshape(1) if t.ndim == 0 else t for n, t in weights.items()}
+    with _explained(folder):
+        dcp.load(
+            whole | targets, storage_reader=reader, process_group=team.control, no_dist=team.alone
+        )
+    scalars = {id(targets[name]) for name in stored["scalars"] if name in targets}
+    optimizer.load_state_dict(
+        per_parameter(state, optimizer, lambda t, like: t.reshape(()) if id(t) in scalars else t)
+    )
+
+
+def spread_optimizer(state: Any, optimizer: torch.optim.Optimizer) -> Any:
+    """A whole optimiser state with the tensors of a sharded weight's shape shared out like it."""
+    from torch.distributed.tensor import distribute_tensor
+
+    def place(tensor: Tensor, like: nn.Parameter) -> Tensor:
+        if not hasattr(like, "full_tensor") or tensor.shape != like.shape:
+            return tensor
+        return distribute_tensor(
+            tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None
+        )
+
+    return per_parameter(state, optimizer, place)
+
+
+def fill(module: nn.Module, whole: Mapping[str, Tensor]) -> None:
+    """Load whole tensors into a sharded module, each rank its share; tied names count as one."""
+    from torch.distributed.tensor import distribute_tensor
+
+    stored = set(module.state_dict())
+    known: dict[int, list[str]] = {}
+    held: dict[int, Tensor] = {}
+    for name, tensor in (
+        *module.named_parameters(remove_duplicate=False),
+        *((n, b) for n, b in module.named_buffers(remove_duplicate=False) if n in stored),
+    ):
+        known.setdefault(id(tensor), []).append(name)
+        held[id(tensor)] = tensor
+    for key, names in known.items():
+        value = next(whole[name] for name in names if name in whole)
+        target = held[key].detach()
+        if hasattr(target, "full_tensor"):
+            value = distribute_tensor(
+                value.to(target.device), target.device_mesh, target.placements, src_data_rank=None
+            )
+        target.copy_(value)
+
+
+def per_parameter(state: Any, optimizer: torch.optim.Optimizer, place: Any) -> Any:
+    """`Optimizer.state_dict` with every tensor t of a parameter p's state become place(t, p)."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [i for group in state["param_groups"] for i in group["params"]]
+    by_number = dict(zip(numbers, parameters, strict=True))
+
+    def walk(value: Any, like: nn.Parameter) -> Any:
+        if isinstance(value, Tensor):
+            return place(value, like)
+        if isinstance(value, Mapping):
+            return {k: walk(v, like) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(walk(v, like) for v in value)
+        return value
+
+    moved = {i: walk(entry, by_number[i]) for i, entry in state["state"].items()}
+    return {**state, "state": moved}
+
+
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Turn a failure that the planner has told every rank of into RunFailed."""
+    from torch.distributed.checkpoint import CheckpointException
+
+    try:
+        with peers(), warnings.catch_warnings():
+            # It warns of running without a process group, as one process does.
+            warnings.simplefilter("ignore")
+            yield
+    except CheckpointException as error:
+        causes = "; ".join(f"rank {r}: {cause[0]}" for r, cause in error.failures.items())
+        failure = RunFailed(
+            f"a share of the checkpoint failed ({causes})", where=folder, mend="check the disk"
+        )
+        failure.everywhere = True
+        raise failure from error
