@@ -53,6 +53,17 @@ class Common:
 
         return Store(self.home, read_only=read_only)
 
+    def together(self) -> tuple[Store, Options]:
+        """The store and how to run, once this process has met the other ranks of its launch."""
+        from dataclasses import replace
+
+        from maquette.study.execute import pick_device
+        from maquette.training.distributed import join
+
+        options = self.options()
+        options = replace(options, team=join(pick_device(self.device)))
+        return options.team.lead_first(self.store), options
+
     def options(self) -> Options:
         from maquette.study.execute import Options
         from maquette.training.loop import Settings
@@ -82,10 +93,12 @@ def _say(common: Common, document: Any, text: str | None = None) -> None:
         print(text)
 
 
-def _workers(on: str) -> int:
+def _workers(on: str, options: Options) -> int:
     place, _, count = on.partition(":")
     if place != "local" or (count and not count.isdigit()):
         raise BadInput(f"`{on}` is not a place to run", key="--on", mend="local, or local:2")
+    if not count and not options.team.alone:
+        return 1
     return int(count) if count else _default_workers()
 
 
@@ -220,13 +233,18 @@ def run(
             "is a study of several arms", where=recipe, mend=f"--arm {next(iter(recipes))}"
         )
     chosen = _one_of(recipes, arm or next(iter(recipes)), recipe)
-    store = common.store()
-    with console.StudyProgress(1, quiet=common.as_json) as progress:
+    store, options = common.together()
+    with console.StudyProgress(1, quiet=_quiet(common, options)) as progress:
         [done] = run_tasks(
             [Task(arm or "run", common.seed, chosen)],
-            store, common.options(), 1, progress.step, progress.ended,
+            store, options, 1, progress.step, progress.ended,
         )  # fmt: skip
-    _finish_run(done, store, common)
+    options.team.lead(lambda: _finish_run(done, store, common))
+
+
+def _quiet(common: Common, options: Options) -> bool:
+    """Whether this process shows no progress: for a machine reader, or because the lead does."""
+    return common.as_json or not options.team.is_lead
 
 
 def _finish_run(done: Any, store: Store, common: Common) -> None:
@@ -257,12 +275,20 @@ def compare(
     from maquette.study.study import load_study
 
     asked = load_study(study, sets or [])
-    store = common.store()
-    with console.StudyProgress(len(asked.arms) * len(asked.seeds), quiet=common.as_json) as bars:
+    store, options = common.together()
+    quiet = _quiet(common, options)
+    with console.StudyProgress(len(asked.arms) * len(asked.seeds), quiet=quiet) as bars:
         result = run_compare(
-            asked, store, common.options(), workers=_workers(on),
+            asked, store, options, workers=_workers(on, options),
             on_progress=bars.step, on_done=bars.ended,
         )  # fmt: skip
+    if options.team.is_lead:
+        _say_comparison(asked, result, common)
+    if not result.verdicts:
+        sys.exit(1)
+
+
+def _say_comparison(asked: Any, result: Any, common: Common) -> None:
     lines = [asked.question, ""]
     lines += [verdict.sentence for verdict in result.verdicts.values()]
     lines += [f"{a.name}: no verdict ({a.reason})" for a in result.report.arms if a.reason]
@@ -274,8 +300,6 @@ def compare(
         "digest": asked.digest,
     }
     _say(common, document, "\n".join(lines))
-    if not result.verdicts:
-        sys.exit(1)
 
 
 @app.command
@@ -316,12 +340,15 @@ def noise(
 
     recipes, _ = _recipes(name, sets or [])
     recipe = _one_of(recipes, arm or next(iter(recipes)), name)
-    with console.StudyProgress(2 * seeds, quiet=common.as_json) as bars:
+    store, options = common.together()
+    with console.StudyProgress(2 * seeds, quiet=_quiet(common, options)) as bars:
         found = measure_noise(
-            recipe, common.store(), common.options(), metric=metric, seeds=seeds,
-            first_seed=common.seed, workers=_workers(on),
+            recipe, store, options, metric=metric, seeds=seeds,
+            first_seed=common.seed, workers=_workers(on, options),
             on_progress=bars.step, on_done=bars.ended,
         )  # fmt: skip
+    if not options.team.is_lead:
+        return
     lines = [
         f"{found.metric}: mean {found.mean:.4f}, standard deviation over seeds {found.sd:.4f}",
         found.verdict.sentence,
@@ -364,19 +391,23 @@ def resume(*, on: On = "local", common: Common = Common()) -> None:
     from maquette.study.compare import compare as run_compare
     from maquette.study.study import parse_study
 
-    store = common.store()
-    open_studies = [s for s in store.list_studies() if s.status != "done"]
+    store, options = common.together()
+    open_studies = options.team.lead(
+        lambda: [s for s in store.list_studies() if s.status != "done"]
+    )
     answers = {}
     for record in open_studies:
         asked = parse_study(yaml.safe_load(record.yaml), name=record.name, where=record.name)
         with console.StudyProgress(
-            len(asked.arms) * len(asked.seeds), quiet=common.as_json
+            len(asked.arms) * len(asked.seeds), quiet=_quiet(common, options)
         ) as bars:
             result = run_compare(
-                asked, store, common.options(), workers=_workers(on),
+                asked, store, options, workers=_workers(on, options),
                 on_progress=bars.step, on_done=bars.ended,
             )  # fmt: skip
         answers[record.name] = [verdict.sentence for verdict in result.verdicts.values()]
+    if not options.team.is_lead:
+        return
     text = "\n".join(f"{k}: {' '.join(v)}" for k, v in answers.items())
     _say(common, answers, text or "nothing to resume: every study has its verdict")
 
@@ -503,6 +534,33 @@ def repair(*, common: Common = Common()) -> None:
     _say(common, {"runs": found}, f"rebuilt the index from {found} run folders")
 
 
+# --- several processes ---------------------------------------------------------------------------
+
+TOGETHER = ("run", "compare", "replicate", "noise", "resume")
+
+
+def _follows() -> bool:
+    """Whether this process is a rank of a launch other than the one that speaks."""
+    return os.environ.get("RANK", "0") != "0"
+
+
+def _refuse_ranks(arguments: Sequence[str]) -> None:
+    """BadInput for a verb that several processes would each do in full."""
+    launched = os.environ.get("WORLD_SIZE", "1") not in ("", "1")
+    verb = next((a for a in arguments if not a.startswith("-")), None)
+    if launched and verb not in (None, *TOGETHER):
+        raise BadInput(
+            f"`{verb}` runs in one process", mend=f"torchrun is for {', '.join(TOGETHER)}"
+        )
+
+
+def _leave() -> None:
+    if "maquette.training.distributed" in sys.modules:
+        from maquette.training.distributed import leave
+
+        leave()
+
+
 # --- errors --------------------------------------------------------------------------------------
 
 
@@ -512,14 +570,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # one progress bar, ours
     given = list(sys.argv[1:] if arguments is None else arguments)
     level = logging.INFO if {"-v", "--verbose"} & set(given) else logging.WARNING
+    if _follows():
+        level = logging.ERROR  # the lead says it
     logging.basicConfig(level=level, stream=sys.stderr, format="%(message)s")
     try:
+        _refuse_ranks(given)
         app(given, exit_on_error=False, print_error=False)
+        _leave()
+    except SystemExit as done:
+        if not done.code:
+            _leave()
+        raise
     except CycloptsError as error:
         _fail(str(error).strip() or "bad arguments", 2, given)
     except MaquetteError as error:
         if "--debug" in given:
             raise
+        if error.everywhere and _follows():
+            sys.exit(error.exit_status)
         _fail(str(error), error.exit_status, given)
     except KeyboardInterrupt:
         _fail("stopped; what is done is kept, and the same command goes on from there", 1, given)

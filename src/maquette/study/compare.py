@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +32,10 @@ from maquette.study.verdict import (
 )
 from maquette.training.loop import Progress
 from maquette.training.metrics import read_metrics
+from maquette.training.sharding import check_ranks
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 CURVE_POINTS = 200
@@ -68,29 +72,45 @@ def compare(
 ) -> Comparison:
     """Run what the store does not hold yet, judge every arm against the baseline, report.
 
-    workers: processes that share the (arm, seed) pairs. A run that fails marks its arm and seed;
-    the study finishes with the others.
+    workers: processes that share the (arm, seed) pairs; the ranks of `options.team` share every
+    run instead, and all get the answer. A run that fails marks its arm and seed; the study
+    finishes with the others.
     """
-    device = pick_device(options.device)
+    team = options.team
     for recipe in study.arms.values():
-        for stage in recipe.stages:
-            if stage.init is None:  # a later stage may need its parent's tokenizer
-                ctx = make_ctx(stage, 0, store, device)
-                stage.workload.prepare(ctx, stage.special_tokens, stage.data)
-    text = yaml.safe_dump(study.spec(), sort_keys=False)
-    store.save_study(study.digest, text, "running", name=study.name)
+        check_ranks(recipe, team)
+    team.lead(lambda: _begin(study, store, pick_device(options.device)))
     # Seed by seed, so that a study that is stopped early has whole pairs.
     tasks = [
         Task(arm, seed, study.arms[arm], study.digest) for seed in study.seeds for arm in study.arms
     ]
     outcomes = run_tasks(tasks, store, options, workers, on_progress, on_done)
+    return team.lead(lambda: _conclude(study, store, outcomes))
+
+
+def _begin(study: Study, store: Store, device: torch.device) -> None:
+    """Prepare the corpora once, before workers ask for them, and record the study."""
+    for recipe in study.arms.values():
+        for stage in recipe.stages:
+            if not stage.node().needs:  # others need their parents' tokenizers and models
+                ctx = make_ctx(stage, 0, store, device)
+                stage.workload.prepare(ctx, stage.special_tokens, stage.data)
+    store.save_study(study.digest, _text(study), "running", name=study.name)
+
+
+def _text(study: Study) -> str:
+    return yaml.safe_dump(study.spec(), sort_keys=False)
+
+
+def _conclude(study: Study, store: Store, outcomes: Sequence[TaskDone]) -> Comparison:
+    """Judge what was run, write the report, and record the verdicts."""
     arms = {name: _collect(name, outcomes, store) for name in study.arms}
     verdicts = _judge_all(study, arms)
     built = _report(study, arms, verdicts, store)
     paths = reporting.render(built, store.study_dir(study.digest))
     for arm, verdict in verdicts.get(study.metric.name, {}).items():
         store.save_verdict(study.digest, arm, verdict.model_dump(mode="json"))
-    store.save_study(study.digest, text, "done", name=study.name)
+    store.save_study(study.digest, _text(study), "done", name=study.name)
     return Comparison(study, verdicts.get(study.metric.name, {}), built, paths)
 
 

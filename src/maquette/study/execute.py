@@ -8,7 +8,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,14 +17,16 @@ import pyarrow as pa
 import yaml
 
 from maquette import atomic
-from maquette.errors import MaquetteError
+from maquette.errors import BadInput, MaquetteError
 from maquette.evaluation.items import SCHEMA, checked, means
-from maquette.parts import Ctx
+from maquette.flow import Ctx, FinishedStage
 from maquette.recipe import Recipe, Stage, digest, stage_digest
 from maquette.study.store import Store
 from maquette.training import checkpoint
+from maquette.training.distributed import ALONE, Team
 from maquette.training.ledger import Ledger
-from maquette.training.loop import Progress, Settings, train
+from maquette.training.loop import Outcome, Progress, Settings, leave, train
+from maquette.training.sharding import check_ranks
 
 if TYPE_CHECKING:
     import torch
@@ -38,23 +40,43 @@ OnStep = Callable[[str, Progress], None]
 
 @dataclass(frozen=True)
 class Options:
-    """How to run on this machine. threads: of torch per process; None leaves torch's choice."""
+    """How to run on this machine.
+
+    threads: of torch per process; None leaves torch's choice. team: the ranks of this launch.
+    """
 
     device: str = "auto"
     threads: int | None = None
     precision: str = "auto"
     settings: Settings = field(default_factory=Settings)
+    team: Team = ALONE
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished stage: where it lies, and how to get its modules back."""
+    """A finished stage: where it lies, and how to get its modules back.
+
+    ctx: as the stage was trained with; its ledger is not the run's.
+    parents: run folders of the stages it started from. ledger: what it cost.
+    """
 
     digest: str
     folder: Path
     stage: Stage
-    corpus: Corpus
+    ctx: Ctx
+    parents: tuple[Path, ...]
     ledger: Ledger
+
+    @property
+    def corpus(self) -> Corpus:
+        assert self.ctx.corpus is not None
+        return self.ctx.corpus
+
+    def finished(self) -> FinishedStage:
+        """The stage as a part that reads it sees it."""
+        from maquette.study.models import load_subject
+
+        return FinishedStage(self.digest, self.folder, lambda: load_subject(self))
 
 
 def pick_device(name: str) -> torch.device:
@@ -69,10 +91,10 @@ def pick_device(name: str) -> torch.device:
 
 
 def make_ctx(stage: Stage, seed: int, store: Store, device: torch.device) -> Ctx:
-    """The context of a stage before its corpus is known."""
+    """The context of a stage before its corpus is known. seed: the root seed of the whole run."""
     return Ctx(
         device=device,
-        seed=seed,
+        seed=stage.seed(seed),
         cache=store.home / "cache",
         ledger=Ledger(),
         size=stage.size,
@@ -93,81 +115,123 @@ def execute(
 ) -> str:
     """Run what is not yet in the store; returns the digest of the run, whose items are there.
 
+    All ranks of `options.team` call this alike: they train together, and the lead alone plans,
+    writes and evaluates.
     Raises RunFailed when training fails; what was stored before stays.
     """
     import torch
 
+    team = options.team
     if options.threads:
         torch.set_num_threads(options.threads)
-    device = pick_device(options.device)
-    done: dict[str, Trained] = {}
-    for stage in recipe.stages:
-        parent = done[stage.init] if stage.init else None
-        done[stage.name] = _train_stage(stage, parent, seed, store, device, options, arm, on_step)
+    done = train_stages(recipe, seed, store, options, arm=arm, on_step=on_step)
     last = done[recipe.last.name]
     specs = [audit.spec() for audit in recipe.evaluate]
-    name = digest("run", last.digest, specs)
+    read = {name: done[name].digest for audit in recipe.evaluate for name in audit.reads()}
+    name = digest("run", last.digest, specs, read)
     text = yaml.safe_dump({**recipe.spec(), "seed": seed}, sort_keys=False)
-    store.plan(name, arm=arm, seed=seed, recipe_yaml=text, study=study)
-    with _claimed(store, name) as mine:
+    team.lead(lambda: store.plan(name, arm=arm, seed=seed, recipe_yaml=text, study=study))
+    with _claimed(store, name, team) as mine:
         if mine:
-            _evaluate(recipe, seed, store, device, last, list(done.values()), name)
+            team.lead(lambda: _evaluate(recipe, seed, store, done, name))
     return name
+
+
+def train_stages(
+    recipe: Recipe,
+    seed: int,
+    store: Store,
+    options: Options = Options(),
+    *,
+    arm: str = "",
+    on_step: OnStep = lambda stage, progress: None,
+) -> dict[str, Trained]:
+    """Every stage of a recipe, trained now or found in the store; by name, in order."""
+    check_ranks(recipe, options.team)
+    done: dict[str, Trained] = {}
+    for stage in recipe.stages:
+        done[stage.name] = _train_stage(stage, done, seed, store, options, arm, on_step)
+    return done
 
 
 def _train_stage(
     stage: Stage,
-    parent: Trained | None,
+    done: Mapping[str, Trained],
     seed: int,
     store: Store,
-    device: torch.device,
     options: Options,
     arm: str,
     on_step: OnStep,
 ) -> Trained:
-    from maquette.study.models import build, save_final
+    from maquette.study.models import build
 
-    stage = _inherit_tokenizer(stage, parent)
+    team = options.team
+    node = stage.node()
+    init = [done[name] for name in node.init]
+    parents = tuple(parent.folder for parent in init)
+    stage = _inherit_tokenizer(stage, parents)
+    device = pick_device(options.device)
     ctx = make_ctx(stage, seed, store, device)
-    corpus = stage.workload.prepare(ctx, stage.special_tokens, stage.data)
+    ctx = replace(ctx, stages={name: done[name].finished() for name in node.reads or ()}, team=team)
+    corpus = team.lead_first(lambda: stage.workload.prepare(ctx, stage.special_tokens, stage.data))
     ctx = replace(ctx, corpus=corpus, tokenizer=corpus.tokenizer)
-    name = stage_digest(stage, corpus.digest, seed, parent.digest if parent else None)
+    started, read = [p.digest for p in init], {n: s.digest for n, s in ctx.stages.items()}
+    name = stage_digest(stage, corpus.digest, seed, started, read)
     folder = store.run_dir(name)
     text = yaml.safe_dump(
-        {**stage.spec(), "seed": seed, "parent": parent.digest if parent else None},
-        sort_keys=False,
+        {**stage.spec(), "seed": seed, "parents": started, "read": read}, sort_keys=False
     )
-    store.plan(name, arm=f"{arm}/{stage.name}" if arm else stage.name, seed=seed, recipe_yaml=text)
-    with _claimed(store, name) as mine:
+    arm = f"{arm}/{stage.name}" if arm else stage.name
+    team.lead(lambda: store.plan(name, arm=arm, seed=seed, recipe_yaml=text))
+    _check_shared(folder, team)
+    with _claimed(store, name, team) as mine:
         if mine:
-            _forget_unbilled(folder)
-            model = build(stage, corpus, ctx, folder, parent.folder if parent else None)
-            outcome = train(
+            team.lead(lambda: _forget_unbilled(folder))
+            model = team.lead_first(lambda: build(stage, corpus, ctx, folder, parents))
+            outcome = (train if stage.trains else leave)(
                 stage,
                 corpus,
                 model,
                 ctx,
                 folder,
-                precision=choose_precision_for(options, device),
+                precision=team.lead(lambda: choose_precision_for(options, device)),
                 settings=options.settings,
                 on_step=lambda progress: on_step(stage.name, progress),
             )
-            save_final(folder, stage, outcome.model, outcome.extra, ctx)
-            store.finish(
-                name,
-                ledger=ctx.ledger.as_dict()["causes"],
-                metrics={
-                    "steps": outcome.steps,
-                    "warnings": outcome.warnings,
-                    "peak_memory": ctx.ledger.peak_memory,
-                },
-                machine=machine_facts(device),
-            )
-    record = store.run(name)
+            team.lead(lambda: _keep(outcome, stage, ctx, store, name))
+    record = team.lead(lambda: store.run(name))
     ledger = Ledger.from_dict(
         {"causes": record.ledger, "peak_memory": record.metrics.get("peak_memory", 0)}
     )
-    return Trained(name, folder, stage, corpus, ledger)
+    return Trained(name, folder, stage, replace(ctx, ledger=Ledger()), parents, ledger)
+
+
+def _keep(outcome: Outcome, stage: Stage, ctx: Ctx, store: Store, name: str) -> None:
+    """Store a trained stage: its model, what it cost, and where it was computed."""
+    from maquette.study.models import save_final
+
+    save_final(store.run_dir(name), stage, outcome.model, outcome.extra, ctx)
+    store.finish(
+        name,
+        ledger=ctx.ledger.as_dict()["causes"],
+        metrics={
+            "steps": outcome.steps,
+            "warnings": outcome.warnings,
+            "peak_memory": ctx.ledger.peak_memory,
+        },
+        machine=machine_facts(ctx.device, ctx.team),
+    )
+
+
+def _check_shared(folder: Path, team: Team) -> None:
+    """Every rank must see what the lead writes."""
+    blind = [rank for rank, sees in enumerate(team.gather(folder.is_dir())) if not sees]
+    if blind:
+        raise BadInput(
+            f"rank {blind[0]} does not see the store of rank 0",
+            where=folder,
+            mend="a folder that all machines share, by MAQUETTE_HOME or --home",
+        )
 
 
 def _forget_unbilled(folder: Path) -> None:
@@ -177,13 +241,13 @@ def _forget_unbilled(folder: Path) -> None:
             shutil.rmtree(place)
 
 
-def _inherit_tokenizer(stage: Stage, parent: Trained | None) -> Stage:
+def _inherit_tokenizer(stage: Stage, parents: tuple[Path, ...]) -> Stage:
     """A stage that goes on from another reads with its tokenizer, unless a surgery swaps it."""
-    if parent is None or any(cut.replaces_tokenizer for cut in stage.surgery):
+    if not parents or any(cut.replaces_tokenizer for cut in stage.surgery):
         return stage
     if getattr(stage.workload, "tokenizer", None) is not None:
         return stage
-    folder = str(parent.folder / "model")
+    folder = str(parents[0] / "model")
     return replace(stage, workload=stage.workload.model_copy(update={"tokenizer": folder}))
 
 
@@ -191,26 +255,26 @@ def _evaluate(
     recipe: Recipe,
     seed: int,
     store: Store,
-    device: torch.device,
-    last: Trained,
-    stages: list[Trained],
+    done: Mapping[str, Trained],
     name: str,
 ) -> None:
     from maquette.study.models import load_subject
 
-    ctx = make_ctx(last.stage, seed, store, device)
-    ctx = replace(ctx, corpus=last.corpus, tokenizer=last.corpus.tokenizer)
-    subject = load_subject(last, ctx)
+    last = done[recipe.last.name]
+    ctx = evaluation_ctx(last, seed, done)
+    subject = load_subject(last)
     tables = []
     for audit in recipe.evaluate:
         start = time.perf_counter()
         tables.append(checked(audit.measure(subject, last.corpus, ctx), type(audit).type))
         log.info("%s took %.1f s", type(audit).type, time.perf_counter() - start)
     total = Ledger()
-    for ledger in (*(trained.ledger for trained in stages), ctx.ledger):
-        total.add(ledger)
+    total.add(ctx.ledger)
+    for stage, cause in recipe.charged_to().items():
+        cost = done[stage].ledger
+        total.add(cost.under(cause) if cause else cost)
     warnings: dict[str, str] = {}
-    for trained in stages:
+    for trained in done.values():
         warnings |= store.run(trained.digest).metrics.get("warnings", {})
     items = pa.concat_tables([SCHEMA.empty_table(), *tables], promote_options="default")
     store.finish(
@@ -218,27 +282,31 @@ def _evaluate(
         ledger=total.as_dict()["causes"],
         metrics={
             **{row["metric"]: row["mean"] for row in means(items)},
-            "stages": [trained.digest for trained in stages],
+            "stages": [trained.digest for trained in done.values()],
             "warnings": warnings,
             "peak_memory": total.peak_memory,
         },
         items=items,
-        machine=machine_facts(device),
+        machine=machine_facts(ctx.device, last.ctx.team),
     )
 
 
+def evaluation_ctx(last: Trained, seed: int, done: Mapping[str, Trained]) -> Ctx:
+    """The context evaluations get: the run's own seed, whatever its stages were reseeded with."""
+    stages = {name: trained.finished() for name, trained in done.items()}
+    return replace(last.ctx, seed=seed, stages=stages, ledger=Ledger(), team=ALONE)
+
+
 @contextlib.contextmanager
-def _claimed(store: Store, name: str) -> Iterator[bool]:
-    """True when this process must compute the run; waits while another one does.
+def _claimed(store: Store, name: str, team: Team) -> Iterator[bool]:
+    """True when this launch must compute the run; waits while another one does.
 
     A failure inside is recorded with its reason before it goes on up.
     """
-    owner = f"thread-{threading.get_ident()}"
-    while not store.claim(name, owner):
-        if store.run(name).status == "done":
-            yield False
-            return
-        time.sleep(1.0)
+    mine = team.lead(lambda: _claim(store, name))
+    if not (mine and team.is_lead):
+        yield mine
+        return
     ended = threading.Event()
     beat = threading.Thread(target=_beat, args=(store, name, ended), daemon=True)
     beat.start()
@@ -255,6 +323,16 @@ def _claimed(store: Store, name: str) -> Iterator[bool]:
         beat.join()
 
 
+def _claim(store: Store, name: str) -> bool:
+    """True once the claim is this process's; False when another one has finished the run."""
+    owner = f"thread-{threading.get_ident()}"
+    while not store.claim(name, owner):
+        if store.run(name).status == "done":
+            return False
+        time.sleep(1.0)
+    return True
+
+
 def _beat(store: Store, name: str, ended: threading.Event) -> None:
     while not ended.wait(HEARTBEAT_SECONDS):
         with contextlib.suppress(MaquetteError):
@@ -267,7 +345,7 @@ def choose_precision_for(options: Options, device: torch.device) -> Any:
     return choose_precision(device, options.precision)
 
 
-def machine_facts(device: torch.device) -> dict[str, Any]:
+def machine_facts(device: torch.device, team: Team = ALONE) -> dict[str, Any]:
     """What a reader needs to know about where a figure comes from."""
     import os
     import platform
@@ -289,7 +367,7 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "maquette": maquette.__version__,
     }
-    return facts
+    return facts if team.alone else {**facts, "processes": team.size}
 
 
 def read_json(path: Path) -> Any:

@@ -74,21 +74,21 @@ class Team:
         """
         if self.alone:
             return work()
-        if self.is_lead:
+        if not self.is_lead:
+            value, failure = self._tell(None)
+        else:
+            value, failure = None, None
             try:
-                answer: tuple[Any, MaquetteError | None] = (work(), None)
+                value = work()
             except MaquetteError as error:
-                answer = (None, error)
+                failure = error
             except BaseException:
                 self._tell((None, PeerLost("rank 0 failed; its own message says why")))
                 raise
-            self._tell(answer)
-        else:
-            answer = self._tell(None)
-        value, error = answer
-        if error is not None:
-            error.everywhere = True
-            raise error
+            self._tell((value, failure))
+        if failure is not None:
+            failure.everywhere = True
+            raise failure
         return value
 
     def lead_first(self, work: Callable[[], T]) -> T:
@@ -121,7 +121,7 @@ def peers() -> Iterator[None]:
 
     try:
         yield
-    except dist.DistError as error:  # type: ignore[attr-defined]
+    except dist.DistError as error:
         raise _lost(error) from error
     except RuntimeError as error:
         # gloo reports a closed connection or a time-out as a plain RuntimeError.
@@ -198,7 +198,7 @@ def join(device: torch.device, seconds: float = JOIN_SECONDS) -> Team:
     store = _meet(rank, size, seconds)
     dist.init_process_group(
         backend,
-        store=dist.PrefixStore("maquette", store),
+        store=dist.PrefixStore("maquette", store),  # type: ignore[attr-defined]
         rank=rank,
         world_size=size,
         timeout=DATA_TIMEOUT,
@@ -268,6 +268,7 @@ def _meet(rank: int, size: int, seconds: float) -> Any:
     """The launch's key-value store, once every rank has written its name into it."""
     import torch
     import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
     import maquette
 
@@ -280,7 +281,7 @@ def _meet(rank: int, size: int, seconds: float) -> Any:
     )
     mine = f"maquette {maquette.__version__}, torch {torch.__version__}"
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))  # type: ignore[no-untyped-call]
+        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=seconds)))
         if store.add(f"here/{rank}", 1) > 1:
             raise BadInput(
                 f"two processes say they are rank {rank}",
@@ -290,7 +291,7 @@ def _meet(rank: int, size: int, seconds: float) -> Any:
             )
         store.set(f"runs/{rank}", mine)
         store.wait([f"runs/{r}" for r in range(size)], timedelta(seconds=seconds))
-    except (dist.DistError, RuntimeError, ValueError, OSError) as error:  # type: ignore[attr-defined]
+    except (dist.DistError, RuntimeError, ValueError, OSError) as error:
         raise absent from error
     others = {store.get(f"runs/{r}").decode() for r in range(size)}
     if len(others) > 1:

@@ -192,8 +192,7 @@ def train(
         round(i * run.horizon.steps / settings.live_points) for i in range(settings.live_points)
     }
     saved_at = time.monotonic()
-    share = slice(team.rank, None, team.size)
-    for step, batches in feeder.stream(run.step, run.horizon.steps, share):
+    for step, batches in feeder.stream(run.step, run.horizon.steps):
         if step in looks:
             run.live = look(run)
             metrics.write({"step": step, **_totals(run), "held_out_loss": run.live})
@@ -218,6 +217,25 @@ def train(
     return _finish(run, feeder, folder)
 
 
+def leave(
+    stage: Stage,
+    corpus: Corpus,
+    model: PreTrainedModel,
+    ctx: Ctx,
+    folder: Path,
+    **unused: Any,
+) -> Outcome:
+    """What `train` gives for a stage of no steps: the modules as they start, nothing billed."""
+    extra = _extra_of(stage, model.to(ctx.device), ctx)
+    MetricsFile(folder / "metrics.jsonl", 0, writes=ctx.team.is_lead).close()
+    return Outcome(model.eval(), extra.eval(), ctx.ledger, 0, {})
+
+
+def _extra_of(stage: Stage, model: PreTrainedModel, ctx: Ctx) -> nn.ModuleDict:
+    torch.manual_seed(stream_seed(ctx.seed, "init", 1) % 2**63)
+    return stage.objective.build(model, ctx).to(ctx.device)
+
+
 def start(
     stage: Stage,
     corpus: Corpus,
@@ -229,8 +247,7 @@ def start(
 ) -> tuple[LiveRun, Feeder]:
     """The run at its first step, or at the step its checkpoint was saved at."""
     model.to(ctx.device).train()
-    torch.manual_seed(stream_seed(ctx.seed, "init", 1) % 2**63)
-    extra = stage.objective.build(model, ctx).to(ctx.device).train()
+    extra = _extra_of(stage, model, ctx).train()
     precision = choose_precision(ctx.device, saved.clock["precision"]) if saved else precision
     spread = spread_over(ctx.team, stage, model, extra, ctx.device, precision)
     run = LiveRun(stage, model, extra, ctx, precision, spread)
@@ -238,7 +255,7 @@ def start(
     if saved:
         _restore(run, saved)
     else:
-        _plan(run, feeder.batches(0, slice(ctx.team.rank, None, ctx.team.size)), settings)
+        _plan(run, feeder, settings)
     feeder.steps = run.horizon.steps
     _compile(run, run.compiled if saved else settings.compile)
     run.make_optimizer(run.horizon)
@@ -268,14 +285,16 @@ def _mode_of_all(run: LiveRun, mode: str, run_flops: float, cache: Path) -> str:
     return "off" if any(broken) else mode
 
 
-def _plan(run: LiveRun, batches: Sequence[Batch], settings: Settings) -> None:
+def _plan(run: LiveRun, feeder: Feeder, settings: Settings) -> None:
     """Count a step and set the horizon from it."""
+    batches = feeder.batches(0)
     flops = count_all(run, batches)
     horizon = plan_horizon(
         run.stage.budget,
         flops,
         sum(outline.n_tokens for outline in run.outlines(batches)),
         timed_step=lambda: run.backward(batches),
+        steps_per_epoch=feeder.n_rows / run.stage.rows,
         usd_per_hour=settings.usd_per_hour,
     )
     # A budget of seconds is timed, and every rank times its own.

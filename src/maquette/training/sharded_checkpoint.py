@@ -48,19 +48,18 @@ def write(
     team: Team,
 ) -> None:
     """Write all shares into `folder`; every rank calls this with the same folder."""
-    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     states: dict[str, Tensor] = {}
     tree = flatten(optimizer.state_dict(), states, "optim", copied=False)
     scalars = sorted(name for name, tensor in states.items() if tensor.ndim == 0)
     tensors = weights_of(model, "model") | weights_of(extra, "extra") | states
     with _explained(folder):
-        dcp.save(
+        save(
             # A file's index cannot say where in a whole a tensor without sides belongs.
             {n: t.reshape(1) if t.ndim == 0 else t for n, t in tensors.items()},
-            storage_writer=dcp.HuggingFaceStorageWriter(
-                str(folder / SHARDS), save_distributed=True
-            ),
+            storage_writer=HuggingFaceStorageWriter(str(folder / SHARDS), save_distributed=True),
             process_group=team.control,
         )
     text = json.dumps({"tree": tree, "scalars": scalars})
@@ -75,13 +74,15 @@ def read(
     team: Team,
 ) -> None:
     """Load what `write` wrote, on any number of ranks, sharded or whole."""
-    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
 
-    reader = dcp.HuggingFaceStorageReader(str(folder / SHARDS))
+    reader = HuggingFaceStorageReader(str(folder / SHARDS))
     shapes = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
         for name, entry in reader.read_metadata().state_dict_metadata.items()
-        if name.startswith("optim.")
+        if name.startswith("optim.") and isinstance(entry, TensorStorageMetadata)
     }
     stored = json.loads((folder / OPTIMIZER).read_text())
     names = {id(shape): name for name, shape in shapes.items()}
@@ -98,9 +99,7 @@ def read(
     weights = weights_of(model, "model") | weights_of(extra, "extra")
     whole = {n: t.reshape(1) if t.ndim == 0 else t for n, t in weights.items()}
     with _explained(folder):
-        dcp.load(
-            whole | targets, storage_reader=reader, process_group=team.control, no_dist=team.alone
-        )
+        load(whole | targets, storage_reader=reader, process_group=team.control, no_dist=team.alone)
     scalars = {id(targets[name]) for name in stored["scalars"] if name in targets}
     optimizer.load_state_dict(
         per_parameter(state, optimizer, lambda t, like: t.reshape(()) if id(t) in scalars else t)
@@ -109,22 +108,28 @@ def read(
 
 def spread_optimizer(state: Any, optimizer: torch.optim.Optimizer) -> Any:
     """A whole optimiser state with the tensors of a sharded weight's shape shared out like it."""
-    from torch.distributed.tensor import distribute_tensor
 
     def place(tensor: Tensor, like: nn.Parameter) -> Tensor:
-        if not hasattr(like, "full_tensor") or tensor.shape != like.shape:
-            return tensor
-        return distribute_tensor(
-            tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None
-        )
+        return _share_like(like, tensor) if tensor.shape == like.shape else tensor
 
     return per_parameter(state, optimizer, place)
 
 
+def _share_like(like: Tensor, whole: Tensor) -> Tensor:
+    """This rank's share of a whole tensor, cut as `like` is; the tensor itself if `like` is whole.
+
+    Every rank holds the whole, so nothing is sent.
+    """
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(like, DTensor):
+        return whole
+    held = whole.to(like.device)
+    return distribute_tensor(held, like.device_mesh, like.placements, src_data_rank=None)
+
+
 def fill(module: nn.Module, whole: Mapping[str, Tensor]) -> None:
     """Load whole tensors into a sharded module, each rank its share; tied names count as one."""
-    from torch.distributed.tensor import distribute_tensor
-
     stored = set(module.state_dict())
     known: dict[int, list[str]] = {}
     held: dict[int, Tensor] = {}
@@ -137,11 +142,7 @@ def fill(module: nn.Module, whole: Mapping[str, Tensor]) -> None:
     for key, names in known.items():
         value = next(whole[name] for name in names if name in whole)
         target = held[key].detach()
-        if hasattr(target, "full_tensor"):
-            value = distribute_tensor(
-                value.to(target.device), target.device_mesh, target.placements, src_data_rank=None
-            )
-        target.copy_(value)
+        target.copy_(_share_like(target, value))
 
 
 def per_parameter(state: Any, optimizer: torch.optim.Optimizer, place: Any) -> Any:
@@ -166,7 +167,7 @@ def per_parameter(state: Any, optimizer: torch.optim.Optimizer, place: Any) -> A
 @contextlib.contextmanager
 def _explained(folder: Path) -> Iterator[None]:
     """Turn a failure that the planner has told every rank of into RunFailed."""
-    from torch.distributed.checkpoint import CheckpointException
+    from torch.distributed.checkpoint.api import CheckpointException
 
     try:
         with peers(), warnings.catch_warnings():

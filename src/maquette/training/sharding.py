@@ -42,6 +42,8 @@ def check_ranks(recipe: Recipe, team: Team) -> None:
     if team.alone:
         return
     for stage in recipe.stages:
+        if not stage.trains:
+            continue
         part = narrowest(stage)
         if part.widest_scale() == "one":
             raise BadInput(
@@ -229,17 +231,17 @@ class Sharded:
         self, model: PreTrainedModel, extra: nn.ModuleDict
     ) -> tuple[PreTrainedModel, nn.ModuleDict]:
         """On the lead the modules as one process would hold them, on the CPU; else the shares."""
-        named = {}
-        for part in (model, extra):
-            for p in part.parameters():
-                if id(p) not in named:
-                    with peers():
-                        whole = p.full_tensor() if hasattr(p, "full_tensor") else p  # type: ignore[operator]
-                    named[id(p)] = whole.detach().cpu() if self.team.is_lead else None
+        shares: dict[int, Any] = {id(p): p for part in (model, extra) for p in part.parameters()}
+        whole: list[Tensor] = []
+        for share in shares.values():
+            with peers():
+                weight = share.full_tensor().detach()
+            if self.team.is_lead:
+                whole.append(weight.cpu())
         if not self.team.is_lead:
             return model, extra
         # Both walks meet tied weights once, at the same place.
-        whole_weights = iter(named.values())
+        whole_weights = iter(whole)
         filled = _with_weights(self._shell, lambda p: next(whole_weights))
         for bare, trained in zip(filled, (model, extra), strict=True):
             for (_, into), (_, value) in zip(
