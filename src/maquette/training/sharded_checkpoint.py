@@ -32,12 +32,18 @@ def is_sharded(module: nn.Module) -> bool:
     return any(hasattr(p, "full_tensor") for p in module.parameters())
 
 
-def weights_of(module: nn.Module, prefix: str) -> dict[str, Tensor]:
-    """Parameters and stored buffers by name, tied ones once, as they are held (not copied)."""
-    stored = set(module.state_dict())
-    held = {n: p.detach() for n, p in module.named_parameters()}
-    held |= {n: b for n, b in module.named_buffers() if n in stored}
-    return {f"{prefix}.{name}": tensor for name, tensor in held.items()}
+def weights_of(model: nn.Module, extra: nn.Module) -> dict[str, Tensor]:
+    """Parameters and stored buffers by name, as they are held (not copied).
+
+    What is tied, or shared by the two, comes once, under the first of its names.
+    """
+    found: dict[int, tuple[str, Tensor]] = {}
+    for prefix, module in (("model", model), ("extra", extra)):
+        stored = set(module.state_dict())
+        buffers = ((n, b) for n, b in module.named_buffers() if n in stored)
+        for name, tensor in (*module.named_parameters(), *buffers):
+            found.setdefault(id(tensor), (f"{prefix}.{name}", tensor.detach()))
+    return dict(found.values())
 
 
 def write(
@@ -54,7 +60,7 @@ def write(
     states: dict[str, Tensor] = {}
     tree = flatten(optimizer.state_dict(), states, "optim", copied=False)
     scalars = sorted(name for name, tensor in states.items() if tensor.ndim == 0)
-    tensors = weights_of(model, "model") | weights_of(extra, "extra") | states
+    tensors = weights_of(model, extra) | states
     with _explained(folder):
         save(
             # A file's index cannot say where in a whole a tensor without sides belongs.
@@ -96,7 +102,7 @@ def read(
         return target
 
     state = per_parameter(unflatten(stored["tree"], shapes), optimizer, place)
-    weights = weights_of(model, "model") | weights_of(extra, "extra")
+    weights = weights_of(model, extra)
     whole = {n: t.reshape(1) if t.ndim == 0 else t for n, t in weights.items()}
     with _explained(folder):
         load(whole | targets, storage_reader=reader, process_group=team.control, no_dist=team.alone)

@@ -237,7 +237,8 @@ class Sharded:
             with peers():
                 weight = share.full_tensor().detach()
             if self.team.is_lead:
-                whole.append(weight.cpu())
+                # A copy: what was exchanged may be padded, and a view keeps the padding.
+                whole.append(weight.to("cpu", copy=True))
         if not self.team.is_lead:
             return model, extra
         # Both walks meet tied weights once, at the same place.

@@ -255,7 +255,7 @@ class OfaSurgery(Surgery):
     """
 
     needs: ClassVar[Needs] = Needs(
-        workloads=frozenset({"text/causal", "text/encoder"}), scale="ddp"
+        workloads=frozenset({"text/causal", "text/encoder"}), scale="fsdp"
     )
     replaces_tokenizer: ClassVar[bool] = True
     card: ClassVar[Card] = Card(

@@ -94,7 +94,7 @@ class ReLoRA(Surgery):
     """s = alpha / r scales the product; 32 in the benchmark and in the official code."""
 
     needs: ClassVar[Needs] = Needs(
-        scale="ddp", clashes=frozenset({"galore", "fira", "low-rank", "sltrain"})
+        scale="fsdp", clashes=frozenset({"galore", "fira", "low-rank", "sltrain"})
     )
     card: ClassVar[Card] = Card(
         title="ReLoRA",

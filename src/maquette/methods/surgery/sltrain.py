@@ -172,7 +172,7 @@ class SLTrain(Surgery):
     """Share of entries in the sparse part; the paper uses 0.03."""
 
     needs: ClassVar[Needs] = Needs(
-        scale="ddp", clashes=frozenset({"galore", "fira", "low-rank", "relora"})
+        scale="fsdp", clashes=frozenset({"galore", "fira", "low-rank", "relora"})
     )
     card: ClassVar[Card] = Card(
         title="SLTrain",
