@@ -72,7 +72,11 @@ class Needs(Frozen):
     workloads: frozenset[str] = frozenset()
     """Workload types it can work on; empty means any."""
     scale: Scale = "fsdp"
-    """The widest kind of sharding it is correct under."""
+    """The widest kind of sharding it is correct under; the conformance suite tries it.
+
+    fsdp: it sees shares of weights and of gradients outside the loss (elementwise work on them is
+    fine), and whole weights inside it. ddp: every rank sees all of them. one: no other rank.
+    """
     columns: frozenset[str] = frozenset()
     """Document columns that must hold values (`year`, `domain`, a score)."""
     clashes: frozenset[str] = frozenset()

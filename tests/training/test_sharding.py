@@ -15,11 +15,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from maquette.conformance.agreement import TOLERANCE, difference
-from maquette.conformance.ranks import environments, launch
+from maquette.conformance.ranks import carry_out, environments, launch
 from maquette.conformance.world import Run
 from maquette.errors import RunFailed
 from maquette.recipe import parse_recipe
 from maquette.study.store import Store
+from maquette.training.distributed import ALONE
 from maquette.training.sharded_checkpoint import weights_of
 from maquette.training.sharding import _with_weights, clip_gradients
 
@@ -47,50 +48,55 @@ def home(world, name):
 
 
 def test_a_run_moves_between_one_two_and_four_ranks(world, tmp_path):
-    chains = {
-        "sharded": recipe(world),
-        # Its two networks share their embeddings.
-        "shared": recipe(world, "text/encoder", objective="electra"),
-        "replicated": recipe(world, optim=GALORE),
-    }
-    orders = []
-    for name, data in chains.items():
-        place = home(world, f"moves-{name}")
-        for ranks, stop in ((2, 2), (4, 4), (1, 5), (2, None)):
-            order = {"name": f"{name} {stop}", "home": place, "recipe": data, "ranks": ranks}
-            orders.append(order if stop is None else order | {"stop": stop})
+    # ELECTRA's two networks share their embeddings; GaLore's weights are not shared out.
+    sharded = recipe(world, "text/encoder", objective="electra")
+    replicated = recipe(world, optim=GALORE, budget="4step")
+    moves = [
+        *((sharded, ranks, stop) for ranks, stop in ((2, 2), (4, 4), (1, 5), (2, None))),
+        *((replicated, ranks, stop) for ranks, stop in ((2, 2), (1, None))),
+    ]
+    place = home(world, "moves")
+    orders = [
+        {"name": str(i), "home": place, "recipe": data, "ranks": ranks}
+        | ({} if stop is None else {"stop": stop})
+        for i, (data, ranks, stop) in enumerate(moves)
+    ]
     answers = launch(orders, 4, tmp_path)
-    for name, data in chains.items():
-        taken = [len(answers[f"{name} {stop}"]["losses"]) for stop in (2, 4, 5, None)]
-        # The step of a kill is not in its checkpoint, so the next ranks take it again.
-        assert taken == [2, 3, 2, 3], answers
-        store = Store(home(world, f"moves-{name}"))
-        one = world.train(data)
-        moved = Run(answers[f"{name} None"]["digest"], parse_recipe(data), store, 0)
-        assert difference(one, moved) == ""
+    # The step of a kill is not in its checkpoint, so the next ranks take it again.
+    assert [len(answers[order["name"]]["losses"]) for order in orders] == [2, 3, 2, 3, 2, 3]
+    for last, data in (("3", sharded), ("5", replicated)):
+        moved = Run(answers[last]["digest"], parse_recipe(data), Store(place), 0)
+        assert difference(world.train(data), moved) == ""
 
 
 def test_a_failure_of_all_ranks_ends_a_run_and_that_of_one_ends_the_launch(world, tmp_path):
-    orders = [
-        {"name": "all", "objective": "breaks-everywhere"},
-        {"name": "none", "objective": "causal-lm"},
-        {"name": "one", "objective": "breaks-on-rank-1"},
-    ]
     place = home(world, "failures")
+    named = {"all": "breaks-everywhere", "none": "causal-lm", "one": "breaks-on-rank-1"}
     orders = [
-        {"name": o["name"], "home": place, "recipe": recipe(world, objective=o["objective"])}
-        for o in orders
+        {"name": name, "home": place, "recipe": recipe(world, objective=objective)}
+        for name, objective in named.items()
     ]
-    answers = launch(orders[:2], 2, tmp_path, program=PROGRAM)
+    with pytest.raises(RunFailed) as error:
+        launch(orders, 2, tmp_path, program=PROGRAM)
+    answers = json.loads((tmp_path / "answers.json").read_text())
     assert "loss is nan" in answers["all"]["error"]
     assert "digest" in answers["none"]
-    with pytest.raises(RunFailed) as error:
-        launch(orders[2:], 2, tmp_path, program=PROGRAM)
     assert "this rank breaks" in str(error.value)
     # Rank 0 noticed by itself and recorded the failure; it was not killed while it waited.
     assert "the connection to another rank was lost" in str(error.value)
     [broken] = [r for r in Store(place).list_runs(status="failed") if "connection" in r.reason]
     assert broken.arm == "train"
+
+
+def test_bf16_differs_from_one_process_by_its_rounding_only(world, tmp_path):
+    # An encoder has layer norms, which a CPU takes in fp32 only.
+    data = recipe(world, "text/encoder", objective="masked-lm", budget="5step")
+    order = {"name": "bf16", "recipe": data, "precision": "bf16"}
+    two = launch([order | {"home": home(world, "bf16-two")}], 2, tmp_path)["bf16"]
+    one = carry_out(order | {"home": home(world, "bf16-one")}, ALONE)
+    exact = carry_out(order | {"home": home(world, "fp32"), "precision": "fp32"}, ALONE)
+    assert two["losses"] == pytest.approx(one["losses"], rel=5e-4)
+    assert exact["losses"] != one["losses"]
 
 
 # --- the command line ----------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 `launch` starts the ranks as torchrun would, each of which runs `main` on a file of orders. An
 order is `{"name": ..., "home": ..., "recipe": ...}` and may also say `seed`; `ranks`, when only
 the first so many train it; `stop`, a step after which it ends as a kill would, with a checkpoint
-after every step; `imports`, modules whose parts the recipe uses.
+after every step; `precision`; `imports`, modules whose parts the recipe uses.
 An answer is `{"losses": ...}`, what the lead saw of each step, with `digest`, `error` or
 `stopped`.
 """
@@ -40,7 +40,7 @@ GRACE_SECONDS = 30.0
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Carry out the orders of a file; rank 0 writes the answers. arguments: the two files."""
+    """Carry out the orders of a file; rank 0 writes the answers so far. arguments: both files."""
     import torch
 
     orders_file, answers_file = map(Path, arguments)
@@ -54,10 +54,9 @@ def main(arguments: Sequence[str]) -> None:
         size = order.get("ranks", everyone.size)
         if everyone.rank < size:
             answers[order["name"]] = carry_out(order, teams[size])
+        if everyone.is_lead:
+            atomic.write_json(answers_file, answers)
         everyone.gather(None)  # those who were left out wait here
-    if everyone.is_lead:
-        atomic.write_json(answers_file, answers)
-    everyone.gather(None)
     leave()
 
 
@@ -67,7 +66,8 @@ def carry_out(order: Mapping[str, Any], team: Team) -> dict[str, Any]:
         importlib.import_module(module)
     stop = order.get("stop")
     often = replace(OPTIONS.settings, checkpoint_seconds=60.0 if stop is None else 0.0)
-    options = replace(OPTIONS, settings=often, team=team)
+    precision = order.get("precision", OPTIONS.precision)
+    options = replace(OPTIONS, settings=often, team=team, precision=precision)
     losses: list[float] = []
 
     def seen(stage: str, progress: Progress) -> None:

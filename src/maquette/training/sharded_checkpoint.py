@@ -94,22 +94,22 @@ def read(
     names = {id(shape): name for name, shape in shapes.items()}
     targets: dict[str, Tensor] = {}
 
+    scalars = set(stored["scalars"])
+
     def place(shape: Tensor, like: nn.Parameter) -> Tensor:
-        target = torch.empty_like(like) if shape.shape == like.shape else None
-        if target is None or target.dtype != shape.dtype:
-            target = torch.empty(shape.shape, dtype=shape.dtype, device=like.device)
-        targets[names[id(shape)]] = target
-        return target
+        name = names[id(shape)]
+        target = torch.empty(shape.shape, dtype=shape.dtype, device=like.device)
+        if shape.shape == like.shape and shape.dtype == like.dtype and name not in scalars:
+            target = torch.empty_like(like)
+        targets[name] = target
+        return target.reshape(()) if name in scalars else target
 
     state = per_parameter(unflatten(stored["tree"], shapes), optimizer, place)
     weights = weights_of(model, extra)
     whole = {n: t.reshape(1) if t.ndim == 0 else t for n, t in weights.items()}
     with _explained(folder):
         load(whole | targets, storage_reader=reader, process_group=team.control, no_dist=team.alone)
-    scalars = {id(targets[name]) for name in stored["scalars"] if name in targets}
-    optimizer.load_state_dict(
-        per_parameter(state, optimizer, lambda t, like: t.reshape(()) if id(t) in scalars else t)
-    )
+    optimizer.load_state_dict(state)
 
 
 def spread_optimizer(state: Any, optimizer: torch.optim.Optimizer) -> Any:

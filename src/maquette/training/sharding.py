@@ -179,26 +179,15 @@ class Sharded:
         precision: Precision,
     ) -> None:
         from torch.distributed.device_mesh import DeviceMesh
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        from torch.distributed.fsdp import fully_shard
 
         self.team = team
         # The shape of the modules without their weights; what is gathered at the end goes in.
         self._shell = _with_weights((model, extra), lambda p: p.detach().to("meta"))
         mesh = DeviceMesh.from_group(team.data, device.type)
-        # Under autocast each layer's copy in bf16 would be kept for the backward pass, and with
-        # it the whole model. Gathered in bf16 it is dropped and gathered again. The residual
-        # stream stays fp32, as under autocast.
-        policy = (
-            MixedPrecisionPolicy(
-                param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
-            )
-            if precision.name == "bf16"
-            else MixedPrecisionPolicy()
-        )
         layers = {id(m): m for part in (model, extra) for m in repeated_layers(part)}
-        self.groups: list[Any] = [
-            fully_shard(layer, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
-            for layer in layers.values()
+        self.groups = [
+            group for layer in layers.values() for group in _shard_layer(layer, mesh, precision)
         ]
         self.root: Any = fully_shard(
             _Root(objective, model, extra), mesh=mesh, reshard_after_forward=False
@@ -253,6 +242,34 @@ class Sharded:
 
     def check_agreement(self, modules: Iterable[nn.Module]) -> None:
         """Nothing: a share has no second copy to disagree with."""
+
+
+def _shard_layer(layer: nn.Module, mesh: Any, precision: Precision) -> list[Any]:
+    """Share out one repeated layer; in bf16 its linear layers are gathered in that type.
+
+    Autocast would keep the bf16 copies of all layers for the backward pass, and with them the
+    whole model; a copy made by the gathering is dropped, and gathered again. Only what autocast
+    casts is gathered so: norms, and layers with ways of their own, stay fp32, as in one process.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from transformers.pytorch_utils import Conv1D
+
+    if precision.name == "fp32":
+        return [fully_shard(layer, mesh=mesh, reshard_after_forward=True)]
+    others = [
+        module
+        for module in layer.modules()
+        if [*module.parameters(recurse=False)] and type(module) not in (nn.Linear, Conv1D)
+    ]
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    if layer in others:  # with weights of its own beside those of its linear layers
+        return [fully_shard(layer, mesh=mesh, reshard_after_forward=True)]
+    if others:
+        fully_shard(others, mesh=mesh, reshard_after_forward=True)
+    whole = fully_shard(layer, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+    return [*others[:1], whole]
 
 
 def _with_weights(
