@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 30.0
+HELD_OUT = "held_out"
 OnStep = Callable[[str, Progress], None]
 
 
@@ -111,10 +112,12 @@ def execute(
     *,
     arm: str = "",
     study: str | None = None,
+    part: str = HELD_OUT,
     on_step: OnStep = lambda stage, progress: None,
 ) -> str:
     """Run what is not yet in the store; returns the digest of the run, whose items are there.
 
+    part: of the corpus, on which the model is evaluated.
     All ranks of `options.team` call this alike: they train together, and the lead alone plans,
     writes and evaluates.
     Raises RunFailed when training fails; what was stored before stays.
@@ -128,12 +131,13 @@ def execute(
     last = done[recipe.last.name]
     specs = [audit.spec() for audit in recipe.evaluate]
     read = {name: done[name].digest for audit in recipe.evaluate for name in audit.reads()}
-    name = digest("run", last.digest, specs, read)
+    scored_on = [] if part == HELD_OUT else [part]
+    name = digest("run", last.digest, specs, read, *scored_on)
     text = yaml.safe_dump({**recipe.spec(), "seed": seed}, sort_keys=False)
     team.lead(lambda: store.plan(name, arm=arm, seed=seed, recipe_yaml=text, study=study))
     with _claimed(store, name, team) as mine:
         if mine:
-            team.lead(lambda: _evaluate(recipe, seed, store, done, name))
+            team.lead(lambda: _evaluate(recipe, seed, store, done, name, part))
     return name
 
 
@@ -173,7 +177,11 @@ def _train_stage(
     device = pick_device(options.device)
     ctx = make_ctx(stage, seed, store, device)
     ctx = replace(ctx, stages={name: done[name].finished() for name in node.reads or ()}, team=team)
-    corpus = team.lead_first(lambda: stage.workload.prepare(ctx, stage.special_tokens, stage.data))
+    # Apart until the end: a resumed run finds the rest of its costs in the checkpoint.
+    curation = replace(ctx, ledger=Ledger())
+    corpus = team.lead_first(
+        lambda: stage.workload.prepare(curation, stage.special_tokens, stage.data)
+    )
     ctx = replace(ctx, corpus=corpus, tokenizer=corpus.tokenizer)
     started, read = [p.digest for p in init], {n: s.digest for n, s in ctx.stages.items()}
     name = stage_digest(stage, corpus.digest, seed, started, read)
@@ -198,6 +206,7 @@ def _train_stage(
                 settings=options.settings,
                 on_step=lambda progress: on_step(stage.name, progress),
             )
+            ctx.ledger.add(curation.ledger)
             team.lead(lambda: _keep(outcome, stage, ctx, store, name))
     record = team.lead(lambda: store.run(name))
     ledger = Ledger.from_dict(
@@ -216,7 +225,7 @@ def _keep(outcome: Outcome, stage: Stage, ctx: Ctx, store: Store, name: str) -> 
         ledger=ctx.ledger.as_dict()["causes"],
         metrics={
             "steps": outcome.steps,
-            "warnings": outcome.warnings,
+            "warnings": {**ctx.corpus.card["warnings"], **outcome.warnings},  # type: ignore[union-attr]
             "peak_memory": ctx.ledger.peak_memory,
         },
         machine=machine_facts(ctx.device, ctx.team),
@@ -257,16 +266,18 @@ def _evaluate(
     store: Store,
     done: Mapping[str, Trained],
     name: str,
+    part: str,
 ) -> None:
     from maquette.study.models import load_subject
 
     last = done[recipe.last.name]
     ctx = evaluation_ctx(last, seed, done)
     subject = load_subject(last)
+    corpus = _scored_on(last.corpus, part)
     tables = []
     for audit in recipe.evaluate:
         start = time.perf_counter()
-        tables.append(checked(audit.measure(subject, last.corpus, ctx), type(audit).type))
+        tables.append(checked(audit.measure(subject, corpus, ctx), type(audit).type))
         log.info("%s took %.1f s", type(audit).type, time.perf_counter() - start)
     total = Ledger()
     total.add(ctx.ledger)
@@ -289,6 +300,14 @@ def _evaluate(
         items=items,
         machine=machine_facts(ctx.device, last.ctx.team),
     )
+
+
+def _scored_on(corpus: Corpus, part: str) -> Corpus:
+    """The corpus with this part in the place of the held-out one."""
+    if part == HELD_OUT:
+        return corpus
+    corpus.part(part)  # it must have been split off
+    return replace(corpus, parts={**corpus.parts, HELD_OUT: corpus.parts[part]})
 
 
 def evaluation_ctx(last: Trained, seed: int, done: Mapping[str, Trained]) -> Ctx:

@@ -55,13 +55,12 @@ def _key(batch: Batch | Outline, loss_phase: str) -> str:
     return f"{loss_phase}{batch.signature}"
 
 
-def count_batches(run: LiveRun, batches: Sequence[Batch]) -> list[Outline]:
+def count_batches(run: LiveRun, batches: Sequence[Batch], phase: str) -> list[Outline]:
     """Count one eager forward and backward pass of every shape not met before in this phase.
 
     Returns the outlines of all ranks' batches. The ranks count in turns they share, because a
     sharded pass needs them all, and tell each other what they counted.
     """
-    phase = run.objective.phase(run.clock)
     outlines = run.outlines(batches)
     team = run.ctx.team
     for i, batch in enumerate(batches):
@@ -107,7 +106,7 @@ def count_all(run: LiveRun, batches: Sequence[Batch]) -> float:
     trial.horizon = Horizon(LOSS_PHASE_GRID)
     per_step = []
     for trial.step in range(LOSS_PHASE_GRID):
-        outlines = count_batches(trial, batches)
+        outlines = count_batches(trial, batches, phases[trial.step])
         per_step.append(sum(run.costs.of(outlines, phases[trial.step], "").values()))
     run.step = 0
     if type(run.stage.optim).phase is not Optim.phase:

@@ -312,8 +312,9 @@ def _update(run: LiveRun, batches: Sequence[Batch]) -> dict[str, float]:
 
 
 def _bill(run: LiveRun, batches: Sequence[Batch], seconds: float) -> None:
-    outlines = count_batches(run, batches)
-    loss_phase, update_phase = run.objective.phase(run.clock), run.stage.optim.phase(run.step)
+    loss_phase = run.objective.phase_now(run.clock, run.extra)
+    update_phase = run.stage.optim.phase(run.step)
+    outlines = count_batches(run, batches, loss_phase)
     costs = run.costs.of(outlines, loss_phase, update_phase)
     n_tokens, n_bytes = sum(o.n_tokens for o in outlines), sum(o.n_bytes for o in outlines)
     seconds = max(run.ctx.team.gather(seconds))
