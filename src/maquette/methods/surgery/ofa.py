@@ -254,9 +254,7 @@ class OfaSurgery(Surgery):
     model the stage starts from. Put it into a stage with `init: {from: ...}`.
     """
 
-    needs: ClassVar[Needs] = Needs(
-        workloads=frozenset({"text/causal", "text/encoder"}), scale="ddp"
-    )
+    needs: ClassVar[Needs] = Needs(workloads=frozenset({"text/causal", "text/encoder"}))
     replaces_tokenizer: ClassVar[bool] = True
     card: ClassVar[Card] = Card(
         title="OFA",
