@@ -113,6 +113,8 @@ class Ctx:
     workload: str = ""
     tokenizer: PreTrainedTokenizerBase | None = None
     corpus: Corpus | None = None
+    held_out: Path | None = None
+    """Documents held out, while data parts are fitted: to make sure that none is learnt from."""
 
     def rng(self, stream: str, *more: int) -> np.random.Generator:
         from maquette.data.order import generator

@@ -129,7 +129,11 @@ def _train_stage(
 
     stage = _inherit_tokenizer(stage, parent)
     ctx = make_ctx(stage, seed, store, device)
-    corpus = stage.workload.prepare(ctx, stage.special_tokens, stage.data)
+    # Apart until the end: a resumed run finds its own costs in the checkpoint.
+    curation = Ledger()
+    corpus = stage.workload.prepare(
+        replace(ctx, ledger=curation), stage.special_tokens, stage.data
+    )
     ctx = replace(ctx, corpus=corpus, tokenizer=corpus.tokenizer)
     name = stage_digest(stage, corpus.digest, seed, parent.digest if parent else None)
     folder = store.run_dir(name)
@@ -153,12 +157,13 @@ def _train_stage(
                 on_step=lambda progress: on_step(stage.name, progress),
             )
             save_final(folder, stage, outcome.model, outcome.extra, ctx)
+            ctx.ledger.add(curation)
             store.finish(
                 name,
                 ledger=ctx.ledger.as_dict()["causes"],
                 metrics={
                     "steps": outcome.steps,
-                    "warnings": outcome.warnings,
+                    "warnings": {**corpus.card["warnings"], **outcome.warnings},
                     "peak_memory": ctx.ledger.peak_memory,
                 },
                 machine=machine_facts(device),
