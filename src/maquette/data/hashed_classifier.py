@@ -16,11 +16,14 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from pydantic import Field, model_validator
 
+from maquette.config import Frozen
 from maquette.data.word_hashing import Texts, Words, check_columns, ngram_columns
 
 Weights = NDArray[np.float32]
 Scores = NDArray[np.float64]
+Count = Callable[[int], None]
 
 TINY = 1e-12
 DOCUMENTS_PER_STEP = 16
@@ -45,18 +48,20 @@ class HashedClassifier:
     def __post_init__(self) -> None:
         check_columns(len(self.weights), self.ngrams)
 
-    def logits(self, texts: Texts) -> Scores:
-        """Shape (N,). A text without a word has the bias alone."""
+    def logits(self, texts: Texts, count: Count | None = None) -> Scores:
+        """Shape (N,). A text without a word has the bias alone. count: as `fit_hashed_classifier`."""
         parts = []
         for columns, bounds in ngram_columns(texts, len(self.weights), self.ngrams, self.words):
             parts.append(_means(self.weights[columns], bounds) + self.bias)
+            if count is not None:
+                count(len(columns))
         return np.concatenate(parts) if parts else np.zeros(0)
 
-    def scores(self, texts: Texts) -> Scores:
+    def scores(self, texts: Texts, count: Count | None = None) -> Scores:
         """P(label 1) of each text, in [0, 1], shape (N,)."""
         from scipy.special import expit
 
-        found: Scores = expit(self.logits(texts))
+        found: Scores = expit(self.logits(texts, count))
         return found
 
     def influence(self, words: Sequence[str]) -> Scores:
@@ -88,7 +93,7 @@ def fit_hashed_classifier(
     epochs: int = 3,
     learning_rate: float = 1.0,
     rng: np.random.Generator,
-    count: Callable[[int], None] = lambda terms: None,
+    count: Count | None = None,
 ) -> HashedClassifier:
     """Logistic regression by AdaGrad, both labels weighted equally.
 
@@ -124,7 +129,8 @@ def fit_hashed_classifier(
                 block = chosen[at : at + len(bounds) - 1]
                 gradient += fit.gather(columns, bounds, labels[block], balance[block])
                 at += len(bounds) - 1
-                count(len(columns))
+                if count is not None:
+                    count(len(columns))
             fit.step(rate, gradient)
             done += 1
     return HashedClassifier(fit.weights, fit.bias, ngrams, words)
@@ -178,3 +184,48 @@ class _AdaGrad:
         self._met.clear()
         self._square += bias_gradient**2
         self.bias -= rate * bias_gradient / float(np.sqrt(self._square + TINY))
+
+
+class ClassifierOptions(Frozen):
+    """How a classifier is learnt."""
+
+    epochs: int = Field(3, ge=1)
+    """Passes over positives and negatives; the paper: 3."""
+    learning_rate: float = Field(1.0, gt=0)
+    """AdaGrad's. The paper: 0.1 of fastText's plain SGD."""
+    ngrams: int = Field(2, ge=1, le=5)
+    """Longest run of words; the paper: 2."""
+    words: Words = "space"
+    """Where words end: at white space, as in fastText, or runs of `letters`, digits and `_`."""
+    columns: int = Field(2**20, ge=2, le=2**28)
+    """Columns n-grams are hashed into, a power of two; fastText: 2,000,000."""
+
+    @model_validator(mode="after")
+    def _power_of_two(self) -> ClassifierOptions:
+        if self.columns & (self.columns - 1):
+            raise ValueError(f"columns must be a power of two, got {self.columns}")
+        return self
+
+    def fit(
+        self,
+        texts: Texts,
+        labels: NDArray[np.bool_],
+        rng: np.random.Generator,
+        count: Count | None = None,
+    ) -> HashedClassifier:
+        """`fit_hashed_classifier` with these options."""
+        return fit_hashed_classifier(
+            texts,
+            labels,
+            n_columns=self.columns,
+            ngrams=self.ngrams,
+            words=self.words,
+            epochs=self.epochs,
+            learning_rate=self.learning_rate,
+            rng=rng,
+            count=count,
+        )
+
+    def classifier(self, weights: Weights, bias: float) -> HashedClassifier:
+        """The classifier of what `fit` learnt."""
+        return HashedClassifier(weights, bias, self.ngrams, self.words)

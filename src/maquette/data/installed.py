@@ -119,8 +119,10 @@ def read_installed(spec: Any, limit: int | None, report: ReadReport) -> Iterator
         )
         described = [d for d, kept in zip(described, chosen[len(files) :], strict=True) if kept]
         files = [f for f, kept in zip(files, chosen[: len(files)], strict=True) if kept]
-    yield from _by_kind(files, report) if variant == "kinds" else _read_files(
-        files, variant == "docstrings", report
+    yield from (
+        _by_kind(files, report)
+        if variant == "kinds"
+        else _read_files(files, variant == "docstrings", report)
     )
     from maquette.data.readers import Raw
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +22,7 @@ from maquette.data.dedup import mix64
 Words = Literal["space", "letters"]
 """`space`: runs without ASCII white space, as fastText cuts. `letters`: runs of letters, digits,
 `_` and all bytes of non-ASCII characters, ASCII letters in lower case."""
-Texts = Sequence[str] | pa.Array | pa.ChunkedArray
+Texts: TypeAlias = Sequence[str] | pa.Array | pa.ChunkedArray
 
 BLOCK_BYTES = 1 << 18
 """Text hashed at once: its 64-bit intermediates fit the second-level cache."""
@@ -163,9 +163,7 @@ def ngram_columns(
         yield grid[real], sizes[bounds]
 
 
-def hashed_counts(
-    texts: Texts, n_columns: int, ngrams: int = 1, words: Words = "letters"
-) -> Any:
+def hashed_counts(texts: Texts, n_columns: int, ngrams: int = 1, words: Words = "letters") -> Any:
     """Counts of hashed n-grams, rows of unit length, SciPy CSR float64 of shape (N, n_columns)."""
     from scipy.sparse import csr_matrix
 

@@ -13,27 +13,32 @@ mixtures of the data does not, and positives are then a quantile rather than S =
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from maquette.config import Frozen
+from maquette.data.documents import hash_ids
 from maquette.data.domain_groups import matches
 from maquette.data.hashed_classifier import (
     FLOPS_OF_A_TERM,
     FLOPS_OF_AN_UPDATE,
+    ClassifierOptions,
     HashedClassifier,
-    fit_hashed_classifier,
 )
 from maquette.data.learnt import learnt_once
-from maquette.data.score_cache import cached_scores, open_cache, scoring_key, text_digests
+from maquette.data.score_cache import (
+    DIGEST_BYTES,
+    cached_scores,
+    open_cache,
+    scoring_key,
+    text_digests,
+)
 from maquette.data.scores import (
     Array,
     Cut,
@@ -41,23 +46,22 @@ from maquette.data.scores import (
     apply_cut,
     cut_meta,
     drop_rows,
-    ids_of,
     kept_rows,
     texts_of,
     threshold_by_characters,
 )
-from maquette.data.seeds import Rows, first_by_hash, refuse_held_out, stratified
-from maquette.data.word_hashing import Words
+from maquette.data.seeds import Pool, Rows, Seeds, benchmark_rows, refuse_held_out, seed_rows
 from maquette.errors import BadInput
 from maquette.evaluation.membership import auroc
-from maquette.evaluation.text_bits import FrozenModel, finished_stage, model_folder, text_bits
+from maquette.evaluation.model_ladder import check_benchmark, ladder_losses, uninformative_order
+from maquette.evaluation.text_bits import FrozenModel, finished_stage, model_folder
 from maquette.parts import Card, Ctx, DataOp, Needs, State, register
 
 NAME = "preselect"
 SEEDS, TARGET = b"preselect.seeds", b"preselect.target"
+RESERVED = "preselect learnt from this document"
 SATURATED = 0.5
 """Share of documents tied at S = 0 or S = 1 from which the ladder tells too little."""
-SHUFFLES = 200
 Ties = Literal["strict", "half"]
 Choose = Literal["quantile", "exact"]
 
@@ -96,7 +100,7 @@ def predictive_strength(
         model = models[i] if len(models) else i
         document = documents[d] if len(documents) else d
         raise ValueError(
-            f"the loss of model `{model}` on document `{document}` is {losses[i, d]}, must be finite"
+            f"the loss of model `{model}` on document `{document}` is {losses[i, d]}, not finite"
         )
     ordered = losses[np.argsort(scores)]
     agree = np.zeros(losses.shape[1])
@@ -106,22 +110,6 @@ def predictive_strength(
         if ties == "half":
             agree += 0.5 * (ordered[i] == better).sum(axis=0)
     return agree / (n * (n - 1) / 2)
-
-
-def check_benchmark(scores: Array, models: Sequence[str] = ()) -> None:
-    """ValueError for benchmark scores that are not finite or not all different."""
-    names = list(models) or [str(i) for i in range(len(scores))]
-    for name, score in zip(names, scores, strict=True):
-        if not np.isfinite(score):
-            raise ValueError(f"the benchmark score of model `{name}` must be finite, got {score}")
-    values, counts = np.unique(scores, return_counts=True)
-    if (counts > 1).any():
-        twice = values[counts > 1][0]
-        tied = [m for m, s in zip(names, scores, strict=True) if s == twice]
-        raise ValueError(
-            f"models {' and '.join(f'`{m}`' for m in tied)} have one benchmark score, {twice:g}; "
-            "their order says nothing, so leave one of them out"
-        )
 
 
 def strength_histogram(strength: Array) -> str:
@@ -164,21 +152,6 @@ def choose_extremes(
     return np.sort(high[:n]), np.sort(low[:n])
 
 
-def uninformative_order(n: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """A permutation of n models in which as nearly half of the pairs as a draw gives are turned.
-
-    A plain shuffle of few models is often close to the true order or to its reverse, and then is
-    no control. The best of 200 draws.
-    """
-    pairs = n * (n - 1) / 2
-
-    def turned(order: NDArray[np.int64]) -> float:
-        above = sum(int((order[i] > order[i + 1 :]).sum()) for i in range(n))
-        return abs(above / pairs - 0.5)
-
-    return min((rng.permutation(n) for _ in range(SHUFFLES)), key=turned)
-
-
 def enrichment(kept: Mask, is_target: Mask, characters: NDArray[Any]) -> float:
     """Share of the kept characters that are target-like, over their share in the pool."""
     total, chosen = characters.sum(), characters[kept].sum()
@@ -187,58 +160,6 @@ def enrichment(kept: Mask, is_target: Mask, characters: NDArray[Any]) -> float:
 
 
 # --- the part ------------------------------------------------------------------------------------
-
-
-class Seeds(Frozen):
-    """The sample whose predictive strength is measured; it is kept out of training."""
-
-    domains: int = Field(3000, ge=1)
-    """How many of the most frequent domains it is drawn from. The paper: 3,000."""
-    per_domain: int = Field(300, ge=1)
-    """Documents of each of them, at most. The paper: 300."""
-    min_chars: int = Field(200, ge=1)
-    """Shorter documents are no seeds: their S is noise."""
-    max_chars: int | None = Field(None, ge=1)
-    """Characters of a document that are scored; the paper scores all of it."""
-
-
-class Scorer(Frozen):
-    """The word n-gram classifier that scores the pool."""
-
-    epochs: int = Field(3, ge=1)
-    """Passes over positives and negatives; the paper: 3."""
-    learning_rate: float = Field(1.0, gt=0)
-    """AdaGrad's. The paper: 0.1 of fastText's plain SGD."""
-    ngrams: int = Field(2, ge=1, le=5)
-    """Longest run of words; the paper: 2."""
-    words: Words = "space"
-    """Where words end: at white space, as in fastText, or runs of `letters`, digits and `_`."""
-    columns: int = Field(2**20, ge=2, le=2**28)
-    """Columns n-grams are hashed into, a power of two; fastText: 2,000,000."""
-
-    @model_validator(mode="after")
-    def _power_of_two(self) -> Scorer:
-        if self.columns & (self.columns - 1):
-            raise ValueError(f"columns must be a power of two, got {self.columns}")
-        return self
-
-
-@dataclass(frozen=True)
-class _Pool:
-    """The live documents `fit` sees."""
-
-    ids: list[str]
-    texts: list[str]
-    domains: list[str]
-    characters: NDArray[np.int64]
-
-    @classmethod
-    def of(cls, sample: pa.Table) -> _Pool:
-        live = kept_rows(sample)
-        column = sample.column("text").filter(pa.array(live))
-        domains = sample.column("domain").filter(pa.array(live)).to_pylist()
-        lengths = pc.utf8_length(column).to_numpy().astype(np.int64)
-        return cls(ids_of(sample, live), texts_of(sample, live), domains, lengths)
 
 
 @register("preselect")
@@ -327,7 +248,7 @@ print(scorer.scores(["the theorem", "buy here"]).round(2), scorer.influence(["th
     """Share of the seeds that are positives, and negatives, under `quantile`."""
     ties: Ties = "strict"
     """What a pair of equal losses counts: 0 (`strict`, the paper) or 0.5 (`half`)."""
-    scorer: Scorer = Scorer()
+    scorer: ClassifierOptions = ClassifierOptions()
     """The classifier."""
     length: int | None = Field(None, ge=2)
     """Tokens a ladder model reads at once; None takes what it allows. The paper: 1,900."""
@@ -367,158 +288,169 @@ print(scorer.scores(["the theorem", "buy here"]).round(2), scorer.influence(["th
 
         All but the cut is kept under the options and texts it depends on, with what it cost.
         """
-        pool = _Pool.of(sample)
+        pool = Pool.of(sample)
         models = [finished_stage(name, ctx) for name in self.ladder]
         models += [model_folder(path, ctx) for path in self.ladder_models]
         options = {k: v for k, v in self.spec().items() if k != "keep"}
         texts = text_digests(pool.texts).tobytes()
         key = scoring_key(NAME, options, texts, *(m.digest.encode() for m in models))
         learnt = learnt_once(NAME, key, ctx, lambda apart: self._learn(pool, models, apart, key))
-        cache = {"cache": str(ctx.cache), "key": key}
-        state = State(learnt.tensors, {**learnt.meta, **cache})
-        free = np.ones(len(pool.ids), np.bool_)
-        free[[*learnt.meta["seed_rows"], *learnt.meta["target_rows"]]] = False
-        rest = [t for t, is_free in zip(pool.texts, free, strict=True) if is_free]
-        scores, characters = self._scores(rest, state), pool.characters[free]
-        cut = Cut(threshold_by_characters(scores, characters, self.keep), "inverse")
-        ids = [i for i, is_free in zip(pool.ids, free, strict=True) if is_free]
-        facts = cut_meta(cut, scores, ids, characters)
-        if any(is_target := [matches(d, self.target) for d in pool.domains]):
-            like = np.array(is_target)[free]
-            facts["enrichment"] = enrichment(cut.keep(scores, ids), like, characters)
+        state = State(learnt.tensors, {**learnt.meta, "cache": str(ctx.cache), "key": key})
+        free = pool.rows(~_is_reserved(pool.texts, state))
+        scores = self._scores(free.texts, state)
+        with _explained("keep"):
+            threshold = threshold_by_characters(scores, free.characters, self.keep)
+        cut = Cut(threshold, "inverse")
+        facts = cut_meta(cut, scores, free.ids, free.characters)
+        like = np.array([matches(d, self.target) for d in free.domains], np.bool_)
+        if like.any():
+            facts["enrichment"] = enrichment(cut.keep(scores, free.ids), like, free.characters)
         return State(state.tensors, {**state.meta, **facts})
 
-    def _learn(self, pool: _Pool, models: list[FrozenModel], ctx: Ctx, key: str) -> State:
+    def _learn(self, pool: Pool, models: list[FrozenModel], ctx: Ctx, key: str) -> State:
         """Seeds, losses, S, classifier, and the scores of the pool (left in the score cache)."""
         import torch
 
         target, seeds = self._roles(pool, ctx)
-        texts = [pool.texts[i][: self.seeds.max_chars] for i in seeds]
-        losses, benchmark, families = self._measure(
-            models, texts, [pool.texts[i][: self.seeds.max_chars] for i in target], ctx
+        cut = [pool.texts[i][: self.seeds.max_chars] for i in [*seeds, *target]]
+        measured = ladder_losses(
+            models, cut, length=self.length, stride=self.stride, ledger=ctx.ledger
         )
-        names = [m.name for m in models]
-        given = np.array(self.scores) if self.scores is not None else benchmark
-        if self.shuffle_ladder is not None:
-            rng = np.random.default_rng(self.shuffle_ladder)
-            given = np.sort(given)[uninformative_order(len(given), rng)[np.argsort(given).argsort()]]
-        seed_ids = [pool.ids[i] for i in seeds]
-        characters = np.array([len(t) for t in texts])
-        strength = _explained(
-            lambda: predictive_strength(
-                losses / characters, given, self.ties, models=names, documents=seed_ids
-            ),
-            "ladder",
-        )
-        scorer, n_each = self._classifier(strength, texts, seed_ids, ctx)
+        size, n = np.array([len(t) for t in cut]), len(seeds)
+        names, seed_ids = [m.name for m in models], [pool.ids[i] for i in seeds]
+        scores = self._benchmark(measured.bits_ND[:, n:], size[n:])
+        with _explained("ladder"):
+            strength = predictive_strength(
+                measured.bits_ND[:, :n] / size[:n],
+                scores,
+                self.ties,
+                models=names,
+                documents=seed_ids,
+            )
+        scorer, n_each = self._classifier(strength, cut[:n], seed_ids, ctx)
+        self._score_pool(scorer, pool, ctx, key)
         like = np.array([matches(pool.domains[i], self.target) for i in seeds], np.bool_)
+        split = 0 < like.sum() < len(like)
         meta = {
-            "seed_rows": [int(i) for i in seeds],
-            "target_rows": [int(i) for i in target],
-            "ladder": {n: float(s) for n, s in zip(names, given, strict=True)},
-            "families": sorted(families),
+            "bias": scorer.bias,
+            "ladder": {name: float(score) for name, score in zip(names, scores, strict=True)},
+            "families": measured.families,
             "strength": strength.tolist(),
             "positives": n_each,
-            "bias": scorer.bias,
-            "auc_of_strength": auroc(strength[like], strength[~like])
-            if 0 < like.sum() < len(like)
-            else None,
+            "auc_of_strength": auroc(strength[like], strength[~like]) if split else None,
         }
         reserved = text_digests([pool.texts[i] for i in [*seeds, *target]])
-        state = State(
-            {
-                "weights": torch.from_numpy(scorer.weights),
-                "reserved": torch.from_numpy(reserved.view(np.uint8).reshape(-1, 16).copy()),
-            },
-            {**meta, "cache": str(ctx.cache), "key": key},
-        )
-        with ctx.ledger.meter("scorer"):
-            self._scores(pool.texts, state)
-        ctx.ledger.bill("scorer", bytes=sum(len(t.encode()) for t in pool.texts))
-        return State(state.tensors, meta)
+        as_bytes = np.frombuffer(reserved.tobytes(), np.uint8).reshape(-1, DIGEST_BYTES).copy()
+        tensors = {"weights": torch.from_numpy(scorer.weights)}
+        return State({**tensors, "reserved": torch.from_numpy(as_bytes)}, meta)
 
-    def _roles(self, pool: _Pool, ctx: Ctx) -> tuple[Rows, Rows]:
+    def _benchmark(self, bits_NT: Array, characters: NDArray[np.int64]) -> Array:
+        """Score of each model: given, or minus its bits per character of the target texts; (N,)."""
+        if self.scores is not None:
+            scores = np.array(self.scores)
+        else:
+            scores = -bits_NT.sum(axis=1) / characters.sum()
+        if self.shuffle_ladder is None:
+            return scores
+        order = uninformative_order(len(scores), np.random.default_rng(self.shuffle_ladder))
+        shuffled = np.empty_like(scores)
+        shuffled[np.argsort(scores)] = np.sort(scores)[order]
+        return shuffled
+
+    def _roles(self, pool: Pool, ctx: Ctx) -> tuple[Rows, Rows]:
         """(rows of the benchmark, rows of the seeds), apart by a hash of the id."""
-        long = pool.characters >= self.seeds.min_chars
         target: Rows = np.empty(0, np.int64)
         if self.scores is None:
-            like = np.array([matches(d, self.target) for d in pool.domains], np.bool_)
-            rows = np.flatnonzero(like & long)
-            if len(rows) < 2:
-                shown = ", ".join(sorted(set(pool.domains))[:8])
-                raise BadInput(
-                    f"{len(rows)} documents of {self.seeds.min_chars} characters are in the target "
-                    f"domains ({', '.join(self.target)}); the pool has {shown}",
-                    key="target",
-                    mend="name domains of the corpus, or lower `seeds.min_chars`",
-                )
-            # Not all of them: seeds of the target's own domains are what S should rank first.
-            most = min(self.target_documents, len(rows) // 2)
-            target = first_by_hash(pool.ids, rows, most, TARGET)
-            long[target] = False
-        limits = self.seeds.domains, self.seeds.per_domain
-        seeds = stratified(pool.ids, pool.domains, long, *limits, SEEDS)
-        if not 2 <= len(seeds) < len(pool.ids) - len(target):
-            raise BadInput(
-                f"{len(seeds)} of {len(pool.ids)} documents would be seeds and "
-                f"{len(target)} the benchmark; seeds are not trained on, so some must be left",
-                key="seeds",
-                mend="change `seeds.domains`, `seeds.per_domain` or `seeds.min_chars`",
+            target = benchmark_rows(
+                pool, self.target, self.target_documents, self.seeds.min_chars, TARGET
             )
-        learnt_from = [pool.texts[i] for i in [*target, *seeds]]
-        refuse_held_out(learnt_from, ctx.held_out, "target")
+        seeds = seed_rows(pool, self.seeds, SEEDS, apart_from=target)
+        refuse_held_out([pool.texts[i] for i in [*target, *seeds]], ctx.held_out, "target")
         return target, seeds
-
-    def _measure(
-        self, models: list[FrozenModel], seeds: list[str], target: list[str], ctx: Ctx
-    ) -> tuple[Array, Array, set[str]]:
-        """(bits of each model on each seed (N, D), minus bits per character on the target (N,),
-        kinds of model)."""
-        losses, benchmark, families = [], [], set()
-        for model in models:
-            subject = model.load()
-            families.add(str(subject.model.config.model_type))
-            with ctx.ledger.meter("scorer"):
-                found = _explained(
-                    lambda: text_bits(  # noqa: B023
-                        subject.model,  # noqa: B023
-                        subject.tokenizer,  # noqa: B023
-                        [*seeds, *target],
-                        length=self.length or ctx.length or None,
-                        stride=self.stride,
-                    ),
-                    f"ladder.{model.name}",
-                )
-            n_bytes = sum(len(t.encode()) for t in [*seeds, *target])
-            ctx.ledger.bill("scorer", tokens=found.tokens, bytes=n_bytes)
-            losses.append(found.bits[: len(seeds)])
-            whole = found.bits[len(seeds) :].sum() / max(1, sum(map(len, target)))
-            benchmark.append(-float(whole))
-        return np.stack(losses), np.array(benchmark), families
 
     def _classifier(
         self, strength: Array, texts: list[str], ids: list[str], ctx: Ctx
     ) -> tuple[HashedClassifier, int]:
-        from maquette.data.documents import hash_ids
-
-        high, low = _explained(
-            lambda: choose_extremes(
-                strength, self.extreme_fraction, self.choose, tie_break=hash_ids(ids, SEEDS)
-            ),
-            "extreme_fraction",
-        )
+        """(the classifier, how many texts of each label it learnt from)."""
+        ties = hash_ids(ids, SEEDS)
+        with _explained("extreme_fraction"):
+            high, low = choose_extremes(
+                strength, self.extreme_fraction, self.choose, tie_break=ties
+            )
         terms: list[int] = []
         with ctx.ledger.meter("scorer"):
-            fitted = fit_hashed_classifier(
+            fitted = self.scorer.fit(
                 [texts[i] for i in [*high, *low]],
                 np.repeat([True, False], [len(high), len(low)]),
-                n_columns=self.scorer.columns,
-                ngrams=self.scorer.ngrams,
-                words=self.scorer.words,
-                epochs=self.scorer.epochs,
-                learning_rate=self.scorer.learning_rate,
-                rng=np.random.default_rng(0),
-                count=terms.append,
+                np.random.default_rng(0),
+                terms.append,
             )
         ctx.ledger.bill("scorer", flops=float(FLOPS_OF_AN_UPDATE * sum(terms)))
         return fitted, len(high)
+
+    def _score_pool(self, scorer: HashedClassifier, pool: Pool, ctx: Ctx, key: str) -> None:
+        terms: list[int] = []
+        with ctx.ledger.meter("scorer"):
+            scores = scorer.scores(pool.texts, terms.append)
+        n_bytes = sum(len(t.encode()) for t in pool.texts)
+        ctx.ledger.bill("scorer", flops=float(FLOPS_OF_A_TERM * sum(terms)), bytes=n_bytes)
+        digests, first = np.unique(text_digests(pool.texts), return_index=True)
+        open_cache(ctx.cache, key).add(digests, scores[first])
+
+    # --- apply ---
+
+    def _scores(self, texts: list[str], state: State) -> Array:
+        weights = state.tensors["weights"].cpu().numpy()
+        scorer = self.scorer.classifier(weights, float(state.meta["bias"]))
+        cache = state.meta.get("cache")
+        store = open_cache(Path(cache), str(state.meta["key"])) if cache else None
+        return cached_scores(texts, scorer.scores, store)
+
+    def apply(self, batch: pa.RecordBatch, state: State) -> pa.RecordBatch:
+        """Drop what was learnt from, wherever it is found again, then what lies below the cut."""
+        gone = _is_reserved(texts_of(batch), state)
+        batch = drop_rows(batch, dict.fromkeys(np.flatnonzero(gone).tolist(), RESERVED))
+        scores = self._scores(texts_of(batch, kept_rows(batch)), state)
+        return apply_cut(batch, scores, Cut(**state.meta["cut"]), NAME)
+
+    def diagnose(self, state: State) -> dict[str, str]:
+        """The histogram of S and what it bought; warnings where the ladder tells too little."""
+        strength, meta = np.array(state.meta["strength"]), state.meta
+        ranked = sorted(meta["ladder"], key=meta["ladder"].__getitem__)
+        said = f"{len(strength)} seeds, ladder {' < '.join(ranked)}; {strength_histogram(strength)}"
+        for name in ("auc_of_strength", "enrichment"):
+            if meta.get(name) is not None:
+                said += f"; {name.replace('_', ' ')} {meta[name]:.2f}"
+        notes = {NAME: f"{said}; {meta['positives']} positives and as many negatives"}
+        extremes = {end: float((strength == end).mean()) for end in (0.0, 1.0)}
+        for end, share in extremes.items():
+            if share > SATURATED:
+                notes[f"{NAME} saturated"] = (
+                    f"S = {end:g} for {share:.0%} of the seeds: the models order nearly every "
+                    "document alike. Use a ladder of equal models on different mixtures"
+                )
+        if len(np.unique(strength)) < 3:
+            notes[f"{NAME} degenerate"] = (
+                f"S takes {len(np.unique(strength))} value(s); what is left is noise"
+            )
+        if len(meta["families"]) > 1:
+            notes[f"{NAME} mixed ladder"] = (
+                f"the ladder mixes {', '.join(meta['families'])}; across families the paper found "
+                "S worse than random"
+            )
+        return notes
+
+
+def _is_reserved(texts: list[str], state: State) -> Mask:
+    raw = state.tensors["reserved"].cpu().numpy().tobytes()
+    found: Mask = np.isin(text_digests(texts), np.frombuffer(raw, f"S{DIGEST_BYTES}"))
+    return found
+
+
+@contextmanager
+def _explained(key: str) -> Iterator[None]:
+    """A ValueError of the mathematics as a BadInput under this key."""
+    try:
+        yield
+    except ValueError as error:
+        raise BadInput(str(error), where=NAME, key=key) from None
