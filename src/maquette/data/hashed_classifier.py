@@ -49,7 +49,7 @@ class HashedClassifier:
         check_columns(len(self.weights), self.ngrams)
 
     def logits(self, texts: Texts, count: Count | None = None) -> Scores:
-        """Shape (N,). A text without a word has the bias alone. count: as `fit_hashed_classifier`."""
+        """Shape (N,). A text without a word has the bias alone. count: told of all n-grams."""
         parts = []
         for columns, bounds in ngram_columns(texts, len(self.weights), self.ngrams, self.words):
             parts.append(_means(self.weights[columns], bounds) + self.bias)
