@@ -1,5 +1,7 @@
 """Vectorised hashes against a slow oracle in plain Python integers."""
 
+from itertools import pairwise
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -53,7 +55,7 @@ def columns_by_text(texts, *given):
     return [
         columns[a:b].tolist()
         for columns, bounds in ngram_columns(texts, *given)
-        for a, b in zip(bounds[:-1], bounds[1:], strict=True)
+        for a, b in pairwise(bounds)
     ]
 
 

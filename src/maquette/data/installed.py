@@ -132,7 +132,7 @@ def read_installed(spec: Any, limit: int | None, report: ReadReport) -> Iterator
 
 
 def _by_kind(files: list[tuple[str, str, Path, int]], report: ReadReport) -> Iterator[Raw]:
-    """Each file as two documents, `code/<id>` and `docstrings/<id>`, which share no text."""
+    """Each file as two documents: `code/<id>` without docstrings, and `docstrings/<id>`."""
     from maquette.data.readers import Raw
 
     for raw in _read_files(files, False, report):

@@ -98,8 +98,8 @@ def token_logprobs(
     limit = context or getattr(model.config, "max_position_embeddings", None) or 2048
     if limit < 2 or batch_size < 1:
         raise ValueError(f"need context >= 2 and batch_size >= 1, got {limit}, {batch_size}")
-    if stride is not None and not 1 <= stride <= limit:
-        raise ValueError(f"stride must be in [1, {limit}], the context, got {stride}")
+    if stride is not None and not 1 <= stride < limit:
+        raise ValueError(f"stride must be in [1, {limit - 1}], below the context, got {stride}")
     rows = encode(tokenizer, texts, bos, opening)
     for i, ids in enumerate(rows):
         if len(ids) < 2:

@@ -67,7 +67,6 @@ def text_bits(
     for i, text in enumerate(texts):
         if not text:
             raise ValueError(f"text {i} is empty; it has no loss")
-    check_causal(model, end_of_document(tokenizer), model.device)
     rows = token_logprobs(
         model,
         tokenizer,
@@ -77,6 +76,8 @@ def text_bits(
         stride=stride,
         opening=opening_token(tokenizer),
     )
+    # Afterwards: losses that are no numbers would look like those of a model that is not causal.
+    check_causal(model, end_of_document(tokenizer), model.device)
     bits = [-float(row.logprob.sum(dtype=np.float64)) / math.log(2) for row in rows]
     return TextBits(np.array(bits), sum(len(row) for row in rows))
 

@@ -142,8 +142,8 @@ print((bits >= low) & (bits <= high))
     def _one_model(self) -> PerplexityFilter:
         if (self.model is None) == (self.model_folder is None):
             raise ValueError("give either `model` (a stage) or `model_folder`")
-        if self.stride and self.length and self.stride > self.length:
-            raise ValueError(f"stride must be <= length, got {self.stride} > {self.length}")
+        if self.stride and self.length and self.stride >= self.length:
+            raise ValueError(f"stride must be < length, got {self.stride} >= {self.length}")
         return self
 
     def reads(self) -> Mapping[str, str]:

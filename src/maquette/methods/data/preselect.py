@@ -270,8 +270,8 @@ print(scorer.scores(["the theorem", "buy here"]).round(2), scorer.influence(["th
             if len(self.scores) != len(names):
                 raise ValueError(f"{len(names)} models have {len(self.scores)} scores")
             check_benchmark(np.array(self.scores), names)
-        if self.stride and self.length and self.stride > self.length:
-            raise ValueError(f"stride must be <= length, got {self.stride} > {self.length}")
+        if self.stride and self.length and self.stride >= self.length:
+            raise ValueError(f"stride must be < length, got {self.stride} >= {self.length}")
         return self
 
     def reads(self) -> Mapping[str, str]:
