@@ -8,7 +8,7 @@ from scipy.stats import kendalltau
 from maquette.errors import BadInput
 from maquette.evaluation.model_ladder import check_benchmark, ladder_losses, uninformative_order
 from maquette.evaluation.text_bits import FrozenModel, text_bits
-from maquette.flow import Subject
+from maquette.flow import Ctx, Subject
 from maquette.training.ledger import Ledger
 from tests.evaluation.test_text_bits import BYTES, TEXTS, llama
 
@@ -17,9 +17,14 @@ def frozen(name, model):
     return FrozenModel(name, name, lambda: Subject(model, BYTES))
 
 
-def test_losses_have_a_row_per_model_and_every_pass_is_billed():
-    ledger, ladder = Ledger(), [llama(seed=i) for i in range(3)]
-    found = ladder_losses([frozen(f"m{i}", m) for i, m in enumerate(ladder)], TEXTS, ledger=ledger)
+def ctx_in(folder):
+    return Ctx(torch.device("cpu"), 0, folder, Ledger())
+
+
+def test_losses_have_a_row_per_model_and_every_pass_is_billed(tmp_path):
+    ctx, ladder = ctx_in(tmp_path), [llama(seed=i) for i in range(3)]
+    ledger = ctx.ledger
+    found = ladder_losses([frozen(f"m{i}", m) for i, m in enumerate(ladder)], TEXTS, ctx)
     for row, model in zip(found.bits_ND, ladder, strict=True):
         assert row == pytest.approx(text_bits(model, BYTES, TEXTS).bits)
     assert found.families == ("llama",)
@@ -30,11 +35,11 @@ def test_losses_have_a_row_per_model_and_every_pass_is_billed():
     assert set(ledger.entries) == {"scorer"}
 
 
-def test_a_model_whose_loss_is_not_a_number_is_named():
+def test_a_model_whose_loss_is_not_a_number_is_named(tmp_path):
     broken = llama()
     broken.lm_head.weight.data.fill_(torch.nan)
     with pytest.raises(BadInput, match=r"broken.*not a number"):
-        ladder_losses([frozen("broken", broken)], ["abc"], ledger=Ledger())
+        ladder_losses([frozen("broken", broken)], ["abc"], ctx_in(tmp_path))
 
 
 @pytest.mark.parametrize("n", [4, 5, 6, 9])

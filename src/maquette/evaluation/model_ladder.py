@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from maquette.data.learnt import learnt_once
+from maquette.data.score_cache import text_digests
 from maquette.errors import BadInput
 from maquette.evaluation.text_bits import FrozenModel, text_bits
-
-if TYPE_CHECKING:
-    from maquette.training.ledger import Ledger
+from maquette.flow import Ctx, State
 
 Array = NDArray[np.float64]
 SHUFFLES = 200
@@ -61,28 +61,36 @@ class LadderLosses:
 def ladder_losses(
     models: Sequence[FrozenModel],
     texts: Sequence[str],
+    ctx: Ctx,
     *,
     length: int | None = None,
     stride: int | None = None,
-    ledger: Ledger,
     cause: str = "scorer",
 ) -> LadderLosses:
     """Losses of a ladder, one model in memory at a time; texts, length, stride as `text_bits`.
 
-    ledger, cause: billed with the FLOPs, tokens, bytes and seconds of all passes.
+    Kept in the cache; `ctx.ledger` is billed with the FLOPs, tokens, bytes and seconds of all
+    passes to `cause`, found there or not.
     """
-    rows, families = [], set()
-    n_bytes = sum(len(t.encode()) for t in texts)
-    for model in models:
-        subject = model.load()
-        families.add(str(subject.model.config.model_type))
-        try:
-            with ledger.meter(cause):
-                found = text_bits(
-                    subject.model, subject.tokenizer, texts, length=length, stride=stride
-                )
-        except ValueError as error:
-            raise BadInput(str(error), where=model.name, key="ladder") from None
-        ledger.bill(cause, tokens=found.tokens, bytes=n_bytes)
-        rows.append(found.bits)
-    return LadderLosses(np.stack(rows), tuple(sorted(families)))
+    content = text_digests(texts).tobytes().hex()
+    key = [[m.digest for m in models], content, length, stride, cause]
+
+    def measure(apart: Ctx) -> State:
+        rows, families = [], set()
+        n_bytes = sum(len(t.encode()) for t in texts)
+        for model in models:
+            subject = model.load()
+            families.add(str(subject.model.config.model_type))
+            try:
+                with apart.ledger.meter(cause):
+                    found = text_bits(
+                        subject.model, subject.tokenizer, texts, length=length, stride=stride
+                    )
+            except ValueError as error:
+                raise BadInput(str(error), where=model.name, key="ladder") from None
+            apart.ledger.bill(cause, tokens=found.tokens, bytes=n_bytes)
+            rows.append(torch.from_numpy(found.bits))
+        return State({"bits": torch.stack(rows)}, {"families": sorted(families)})
+
+    state = learnt_once("ladder", key, ctx, measure)
+    return LadderLosses(state.tensors["bits"].numpy(), tuple(state.meta["families"]))

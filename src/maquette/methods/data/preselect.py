@@ -313,9 +313,7 @@ print(scorer.scores(["the theorem", "buy here"]).round(2), scorer.influence(["th
 
         target, seeds = self._roles(pool, ctx)
         cut = [pool.texts[i][: self.seeds.max_chars] for i in [*seeds, *target]]
-        measured = ladder_losses(
-            models, cut, length=self.length, stride=self.stride, ledger=ctx.ledger
-        )
+        measured = ladder_losses(models, cut, ctx, length=self.length, stride=self.stride)
         size, n = np.array([len(t) for t in cut]), len(seeds)
         names, seed_ids = [m.name for m in models], [pool.ids[i] for i in seeds]
         scores = self._benchmark(measured.bits_ND[:, n:], size[n:])

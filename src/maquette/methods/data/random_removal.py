@@ -76,6 +76,9 @@ print(sizes[removed].sum())  # 10000
     """Another data operation (`{type: quality-filter, ...}`): remove as many bytes as it drops."""
     seed: int = 0
     """Which documents go. Not the seed of the run: all runs of an arm share one corpus."""
+    complement: bool = False
+    """Remove the others instead: with and without it, the two sides of one partition, so that a
+    scorer or a teacher can learn from text that is not trained on."""
 
     @model_validator(mode="after")
     def _one_amount(self) -> RandomRemoval:
@@ -138,4 +141,5 @@ print(sizes[removed].sum())  # 10000
 
     def apply(self, batch: pa.RecordBatch, state: State) -> pa.RecordBatch:
         gone = hash_uniform(ids_of(batch), seed_salt(self.seed)) < float(state.meta["bound"])
+        gone ^= self.complement
         return drop_rows(batch, {int(n): "random removal" for n in np.flatnonzero(gone)})
