@@ -77,8 +77,9 @@ def test_another_band_scores_nothing_again_and_pays_the_same(ctx, monkeypatch):
     assert other.ledger.as_dict() == ctx.ledger.as_dict()
 
 
-def test_a_stage_it_reads_is_billed_to_the_scorer():
-    assert PerplexityFilter(model="m").reads() == {"m": "scorer"}
+def test_training_the_model_is_billed_to_helpers():
+    assert PerplexityFilter(model="m").reads() == {"m": "helper"}
+    assert PerplexityFilter(model_folder="m").reads() == {}
 
 
 @pytest.mark.parametrize(

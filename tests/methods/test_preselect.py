@@ -269,8 +269,8 @@ def test_a_folder_of_models_is_a_ladder_too(ctx, tmp_path):
     assert op.digest_key() != before
 
 
-def test_the_stages_it_reads_are_billed_to_the_scorer():
-    assert PredictiveSelection(**OPTIONS).reads() == dict.fromkeys(SHARES, "scorer")
+def test_training_the_ladder_is_billed_to_helpers():
+    assert PredictiveSelection(**OPTIONS).reads() == dict.fromkeys(SHARES, "helper")
 
 
 def test_the_study_is_not_judged_on_what_the_scorer_learnt_from(ctx, tmp_path):

@@ -104,8 +104,8 @@ class PerplexityFilter(DataOp):
             "28.1, perplexity filter 29.1, PreSelect 33.4",
         ),
         defaults_from="CCNet: the head of three equal parts. `keep` sets its size here.",
-        cost="One forward pass of the model over the corpus, billed to `scorer` together with "
-        "what training it cost; scores are cached.",
+        cost="One forward pass of the model over the corpus (`scorer`) and, for a stage, its "
+        "training (`helper`), outside the stage's own budget. Scores are cached.",
         when="As the plain rival of any learnt filter. A low perplexity also is what repetitive "
         "and templated text has.",
         differs=(
@@ -147,7 +147,7 @@ print((bits >= low) & (bits <= high))
         return self
 
     def reads(self) -> Mapping[str, str]:
-        return {self.model: "scorer"} if self.model else {}
+        return {self.model: "helper"} if self.model else {}
 
     def digest_key(self) -> str:
         folder = model_folder(self.model_folder).digest if self.model_folder else None

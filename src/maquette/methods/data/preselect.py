@@ -197,8 +197,9 @@ class PredictiveSelection(DataOp):
         ),
         defaults_from="The paper: 3,000 domains of 300 documents, 3 epochs, bigrams, the top 10% "
         "by characters. The quantile of positives and the minimum length are this library's.",
-        cost="Training the ladder, its losses on the seeds and the classifier, all billed to "
-        "`scorer`. Scoring the pool runs on the CPU at tens of MB of text per second and core.",
+        cost="Training the ladder (`helper`), its losses on the seeds and the classifier "
+        "(`scorer`), outside the stage's own budget. The pool is scored on the CPU, at tens of MB "
+        "of text per second and core.",
         when="With a family of models whose benchmark scores are known, or can be trained small, "
         "and a pool much larger than the budget. Predictive is not safe: keep a filter for that.",
         differs=(
@@ -275,7 +276,7 @@ print(scorer.scores(["the theorem", "buy here"]).round(2), scorer.influence(["th
         return self
 
     def reads(self) -> Mapping[str, str]:
-        return dict.fromkeys(self.ladder, "scorer")
+        return dict.fromkeys(self.ladder, "helper")
 
     def digest_key(self) -> str:
         folders = [model_folder(path).digest for path in self.ladder_models]
