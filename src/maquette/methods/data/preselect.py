@@ -256,7 +256,8 @@ print(scorer.scores(["the theorem", "buy here"]).round(2), scorer.influence(["th
     stride: int | None = Field(None, ge=1)
     """Tokens windows move on by in longer documents; None takes half. The paper: 512."""
     shuffle_ladder: int | None = Field(None, ge=0)
-    """Control: give the models each other's scores, in an order drawn from this seed."""
+    """Control: give the models each other's scores, in an order drawn from this seed that turns
+    half of the pairs. Take 4, 5, 8 or 9 models: of 6, the 15 pairs cannot be halved."""
 
     @model_validator(mode="after")
     def _complete(self) -> PredictiveSelection:
