@@ -304,6 +304,8 @@ def recipe_for(
     if issubclass(cls, Surgery) and cls.replaces_tokenizer:
         return _after_a_source(data, world, workload)
     if read := list(parse_part(parts.KINDS[cls.kind], spec).reads()):
+        if cls.kind == "audit":
+            data["evaluate"] = [spec]  # else nothing would use what it reads
         return _after_what_it_reads(data, read, cls, world)
     return data
 

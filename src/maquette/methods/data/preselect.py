@@ -64,6 +64,7 @@ SATURATED = 0.5
 """Share of documents tied at S = 0 or S = 1 from which the ladder tells too little."""
 Ties = Literal["strict", "half"]
 Choose = Literal["quantile", "exact"]
+Shuffle = Literal["each", "once"]
 
 
 # --- the mathematics -----------------------------------------------------------------------------
@@ -256,8 +257,11 @@ print(scorer.scores(["the theorem", "buy here"]).round(2), scorer.influence(["th
     stride: int | None = Field(None, ge=1)
     """Tokens windows move on by in longer documents; None takes half. The paper: 512."""
     shuffle_ladder: int | None = Field(None, ge=0)
-    """Control: give the models each other's scores, in an order drawn from this seed that turns
-    half of the pairs. Take 4, 5, 8 or 9 models: of 6, the 15 pairs cannot be halved."""
+    """Control: losses or scores are shuffled between the models, with this seed."""
+    shuffle: Shuffle = "each"
+    """`each`: the losses on every seed document by themselves, so that S is chance and so is the
+    selection. `once`: the scores, in one order that turns half of the pairs; the losses against
+    any one order still tell kinds of text apart, so this may favour or avoid the target."""
 
     @model_validator(mode="after")
     def _complete(self) -> PredictiveSelection:
@@ -319,9 +323,12 @@ print(scorer.scores(["the theorem", "buy here"]).round(2), scorer.influence(["th
         size, n = np.array([len(t) for t in cut]), len(seeds)
         names, seed_ids = [m.name for m in models], [pool.ids[i] for i in seeds]
         scores = self._benchmark(measured.bits_ND[:, n:], size[n:])
+        losses_ND = measured.bits_ND[:, :n] / size[:n]
+        if self.shuffle_ladder is not None and self.shuffle == "each":
+            losses_ND = np.random.default_rng(self.shuffle_ladder).permuted(losses_ND, axis=0)
         with _explained("ladder"):
             strength = predictive_strength(
-                measured.bits_ND[:, :n] / size[:n],
+                losses_ND,
                 scores,
                 self.ties,
                 models=names,
@@ -350,7 +357,7 @@ print(scorer.scores(["the theorem", "buy here"]).round(2), scorer.influence(["th
             scores = np.array(self.scores)
         else:
             scores = -bits_NT.sum(axis=1) / characters.sum()
-        if self.shuffle_ladder is None:
+        if self.shuffle_ladder is None or self.shuffle != "once":
             return scores
         order = uninformative_order(len(scores), np.random.default_rng(self.shuffle_ladder))
         shuffled = np.empty_like(scores)
