@@ -158,6 +158,10 @@ class DataOp(Part):
     @abstractmethod
     def apply(self, batch: pa.RecordBatch, state: State) -> pa.RecordBatch: ...
 
+    def diagnose(self, state: State) -> dict[str, str]:
+        """Notes for the report from what was learnt; `{}` when there is nothing to say."""
+        return {}
+
 
 class Feed(Part):
     """Which source comes next while training, and how much of it."""
