@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from maquette.data.word_vectors import WordVectors, ppmi_svd, read_vec
 from maquette.errors import BadInput
 from maquette.parts import Card, Ctx, Needs, State, Surgery, register
 from maquette.training.embedding_init import Transfer, copy_transfer, fvt_transfer
-from maquette.training.factorised_embedding import densify, is_tied
+from maquette.training.factorised_embedding import densify
 from maquette.training.similarity_transfer import neighbours, ofa_transfer
 from maquette.training.vocabulary_swap import (
     CarriedTables as OfaInit,
@@ -40,6 +40,7 @@ from maquette.training.vocabulary_swap import (
     check_dim,
     config_ids,
     from_state,
+    source_tables,
     to_state,
 )
 
@@ -230,30 +231,14 @@ class OfaSurgery(Surgery):
         target: PreTrainedTokenizerBase,
         ctx: Ctx,
     ) -> OfaInit:
-        n = n_rows(source)
-        table: Any = model.get_input_embeddings().weight
-        if len(table) > n and not self.drop_padding:
-            raise BadInput(
-                f"the model has {len(table)} embeddings, its tokenizer {n} ids",
-                key="surgery.ofa.drop_padding",
-                mend="set `drop_padding: true` if the further rows are padding",
-            )
-        if len(table) < n:
-            raise BadInput(
-                f"the model has {len(table)} embeddings, its tokenizer {n} ids: "
-                "they do not belong together",
-                key="surgery.ofa",
-            )
-        head: Any = model.get_output_embeddings()
-        untied = head is not None and not is_tied(model)
-        bias = getattr(head, "bias", None)
+        own = source_tables(model, source, drop_padding=self.drop_padding)
         return carry_tables(
-            self._transfer(source, target, ctx, table.device),
-            table[:n],
+            self._transfer(source, target, ctx, own.input.device),
+            own.input,
             ctx.rng("ofa"),
             dim=self.dim,
-            output_embeddings=head.weight[:n] if untied else None,
-            output_bias=None if bias is None else bias[:n],
+            output_embeddings=own.output,
+            output_bias=own.bias,
             special=config_ids(target),
         )
 
