@@ -129,11 +129,13 @@ def plan_horizon(
     tokens_per_step: int,
     *,
     timed_step: Callable[[], Any],
+    steps_per_epoch: float = 1.0,
     usd_per_hour: float | None = None,
 ) -> Horizon:
     """How many optimiser steps the budget buys, from the counted cost of one.
 
-    The total lands within half a step of the budget. Minutes and dollars are turned into steps
+    The total lands within half a step of the budget, also where an epoch is no whole number of
+    steps. Minutes and dollars are turned into steps
     by timing a few real passes, once: the horizon is stored, so that a resumed run keeps it.
     Raises BadInput when the budget is below one step.
     """
@@ -149,7 +151,12 @@ def plan_horizon(
     if unit == "s":
         cost = _median_seconds(timed_step)
     else:
-        cost = {"step": 1.0, "tok": float(tokens_per_step), "flop": flops_per_step}[unit]
+        cost = {
+            "step": 1.0,
+            "epoch": 1 / steps_per_epoch,
+            "tok": float(tokens_per_step),
+            "flop": flops_per_step,
+        }[unit]
     steps = round(amount / cost)
     if steps < 1:
         raise BadInput(
