@@ -54,29 +54,34 @@ def word_substrings(word: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class SampledTokenizer:
-    """A vocabulary of `size` slots with a UnigramLM over it.
+class Vocabulary:
+    """Slots in the order in which a network embeds them.
 
-    tokens: string in byte symbols by slot, None for special and empty slots. scores: log
-    probability by slot, 0 where there is no string. special: source id by slot.
+    tokens: string in byte symbols, None for special and empty slots. special: source id by slot.
     """
 
     tokens: tuple[str | None, ...]
-    scores: np.ndarray
     special: Mapping[int, int]
-    _slots: np.ndarray
-    _model: Any
 
     @property
     def filled(self) -> np.ndarray:
         """True where a slot holds a token, bool (V,)."""
-        mask = np.array([token is not None for token in self.tokens])
-        mask[list(self.special)] = True
-        return mask
+        filled = np.array([token is not None for token in self.tokens])
+        filled[list(self.special)] = True
+        return filled
 
     def slot_of(self, source_id: int) -> int:
         """The slot of a special token, by its id in the source."""
         return next(slot for slot, index in self.special.items() if index == source_id)
+
+
+@dataclass(frozen=True)
+class SampledTokenizer(Vocabulary):
+    """A vocabulary with a UnigramLM over it. scores: log probability by slot, 0 for no string."""
+
+    scores: np.ndarray
+    _slots: np.ndarray
+    _model: Any
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Slots of each text by Viterbi segmentation, int64; special tokens never occur."""
@@ -253,4 +258,4 @@ class TokenizerSampler:
             tokens[slot], scores[slot] = string, score
         model = Tokenizer(models.Unigram(pieces))
         model.pre_tokenizer = byte_level_words()
-        return SampledTokenizer(tuple(tokens), scores, special, slots, model)
+        return SampledTokenizer(tuple(tokens), special, scores, slots, model)

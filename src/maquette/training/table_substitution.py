@@ -74,20 +74,18 @@ class Substituted:
         given: dict[str, Any] = {"input_ids": ids_BT}
         if attention_BT is not None:
             given["attention_mask"] = attention_BT.long()
-        wanted_BT = labels_BT != IGNORED
-        labels_N = labels_BT[wanted_BT]
         added_V = tables.added()
         if self._fused:
             own = dict.fromkeys(self._body_input, tables.input_VD)
             hidden_BTD = functional_call(self.model.base_model, own, (), given).last_hidden_state
-            return linear_cross_entropy(hidden_BTD[wanted_BT], tables.output_VD, labels_N, added_V)[
-                0
-            ]
+            hidden_ND, labels_N = hidden_BTD.flatten(0, 1), labels_BT.flatten()
+            return linear_cross_entropy(hidden_ND, tables.output_VD, labels_N, added_V)[0]
         own = dict.fromkeys(self._input, tables.input_VD)
         own |= dict.fromkeys(self._output, tables.output_VD)
         own |= dict.fromkeys(self._bias, torch.zeros_like(added_V))
-        logits_BTV = functional_call(self.model, own, (), given).logits
-        return F.cross_entropy((logits_BTV[wanted_BT] + added_V).float(), labels_N)
+        wanted_BT = labels_BT != IGNORED
+        logits_NV = functional_call(self.model, own, (), given).logits[wanted_BT]
+        return F.cross_entropy((logits_NV + added_V).float(), labels_BT[wanted_BT])
 
 
 def _names(module: nn.Module, parameter: Tensor) -> list[str]:

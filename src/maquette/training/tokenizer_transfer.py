@@ -29,11 +29,11 @@ from maquette.training.vocabulary_swap import (
     apply,
     carry_tables,
     config_ids,
+    embedding_weights,
     source_tables,
 )
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Heuristic = Literal["fvt", "lexical", "random", "ofa"]
@@ -219,13 +219,6 @@ def add_body_difference(
         if not weight.shape == after[name].shape == before[name].shape:
             raise ValueError(f"`{name}` has another shape in one of the models")
         weight += strength * (after[name] - before[name]).to(weight.device, weight.dtype)
-
-
-def embedding_weights(model: PreTrainedModel) -> list[nn.Parameter]:
-    """Parameters of the input table, the output table and its bias, each once."""
-    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
-    found = {id(p): p for m in modules if m is not None for p in m.parameters()}
-    return list(found.values())
 
 
 def _body_weights(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from maquette.training.factorised_embedding import (
 )
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _TENSORS = ("coordinates", "primitives", "output_coordinates", "output_primitives", "bias")
@@ -138,6 +139,13 @@ def source_tables(
         head.weight[:n].detach() if untied else None,
         None if bias is None else bias[:n].detach(),
     )
+
+
+def embedding_weights(model: PreTrainedModel) -> list[nn.Parameter]:
+    """Parameters of the input table, the output table and its bias, each once."""
+    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
+    found = {id(p): p for m in modules if m is not None for p in m.parameters()}
+    return list(found.values())
 
 
 def config_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
