@@ -65,8 +65,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from maquette.data.tokenizers import TokenizerSpec, train
 from maquette.methods.surgery.vocabulary_transfer import transfer
 
-code, prose = ["def add(first, second): return first"] * 40, ["the first and the second"] * 40
-old, new = (train(TokenizerSpec(vocabulary=290 + len(t[0]) // 9), t) for t in (code, prose))
+code, prose = ["def add(first, second): return first"] * 40, ["the first, then the second"] * 40
+old, new = (train(TokenizerSpec(vocabulary=275), t) for t in (code, prose))
 model = LlamaForCausalLM(LlamaConfig(vocab_size=len(old), hidden_size=32, intermediate_size=64,
     num_hidden_layers=1, num_attention_heads=2, tie_word_embeddings=True))
 print(transfer(model, old, new, "fvt", texts=prose))
