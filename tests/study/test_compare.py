@@ -64,6 +64,68 @@ def test_the_report_is_written_in_three_forms_that_agree(answered):
     assert store.study_dir(study.digest) in result.paths["html"].parents
 
 
+def tuned_data(world, **over):
+    workload = world.workload("text/causal", dev_fraction=0.2)
+    tune = {"trials": 3, "over": {"optim.learning_rate": 10}}
+    return data(world, workload=workload, tune=tune, **over)
+
+
+def test_tuning_gives_every_arm_its_trials_on_dev_and_the_verdict_the_chosen_values(world):
+    study = parse_study(tuned_data(world), name="tuned")
+    store = world.store("tuned")
+    result = compare(study, store, OPTIONS)
+    plain = json.loads(result.paths["json"].read_text())
+    assert plain["digest"] == study.digest == result.study.digest
+    assert not any("untuned" in warning for warning in plain["warnings"])
+    by_arm = {arm["arm"]: arm for arm in plain["tuning"]}
+    for arm, rate in (("slow", 1e-5), ("fast", 1e-2)):
+        tried = sorted(t["values"][0] for t in by_arm[arm]["trials"])
+        assert tried == pytest.approx([rate / 10, rate, rate * 10])
+        best = min(by_arm[arm]["trials"], key=lambda t: t["score"])
+        assert by_arm[arm]["best"] == best["values"]
+        assert by_arm[arm]["flops"] > 0
+    chosen = result.study.arms["slow"].last.optim.learning_rate
+    assert chosen == pytest.approx(1e-4)  # ten steps want as much as they can get
+    dev, held = (
+        {item for run in runs for item in store.items(run.digest)["item"].to_pylist()}
+        for runs in _by_use(store, study)
+    )
+    assert dev
+    assert not dev & held
+
+
+def _by_use(store, study):
+    everything = [r for r in store.list_runs() if "bits-per-byte" in r.metrics]
+    own = {r.digest for r in store.list_runs(study.digest)}
+    return (
+        [r for r in everything if r.digest not in own],
+        [r for r in everything if r.digest in own],
+    )
+
+
+@pytest.mark.parametrize(
+    ("over", "key"),
+    [
+        ({"tune": {"over": {"optim.learning_rate": 0.5}}}, "tune.over"),
+        ({"tune": {"over": {"objective": 2}}}, "tune.over.objective"),
+        ({"tune": {"over": {"budget": 2}, "arms": {"fsat": {}}}}, "tune.arms.fsat"),
+        ({"tune": {"over": {"budget": 2}, "seed": 1}}, "tune.seed"),
+        ({"tune": {"trails": 3}}, "tune"),
+        ({"tune": 3}, "tune"),
+    ],
+)
+def test_a_tuning_that_cannot_be_done_is_refused(world, over, key):
+    with pytest.raises(BadInput) as caught:
+        parse_study(tuned_data(world) | over, name="tuned")
+    assert caught.value.key.startswith(key)
+
+
+def test_tuning_without_a_dev_part_is_refused(world):
+    with pytest.raises(BadInput) as caught:
+        parse_study(data(world, tune={"over": {"budget": 2}}), name="tuned")
+    assert caught.value.key == "workload.dev_fraction"
+
+
 def test_every_run_is_stored_with_its_bill_and_items(answered):
     study, store, _ = answered
     runs = store.list_runs(study.digest)
