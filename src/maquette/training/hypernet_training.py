@@ -34,7 +34,7 @@ from maquette.errors import RunFailed
 from maquette.training.hyper_embedding import HyperEmbedding, Predicted
 from maquette.training.hypernet_cost import count_body, count_hypernet
 from maquette.training.table_substitution import Substituted, Tables
-from maquette.training.vocabulary_swap import source_tables
+from maquette.training.vocabulary_swap import SourceTables, source_tables
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -134,9 +134,9 @@ def train_hypernet(
     Raises ValueError for a model, tokenizer and sampler that do not fit, and RunFailed when the
     loss is no longer a number.
     """
-    source = source_tables(model, tokenizer, drop_padding=drop_padding)
+    own = source_tables(model, tokenizer, drop_padding=drop_padding)
     with frozen(model):
-        run = _Training(model, tokenizer, source.input, source.output, sampler, hypernet, plan, rng)
+        run = HypernetRun(model, tokenizer, own, sampler, hypernet, plan, rng)
         hypernet.calibrate(run.source_VE)
         cost, body = count_hypernet(hypernet, run.source_VE), 0.0
         done = Trained(hypernet)
@@ -177,7 +177,7 @@ def frozen(model: PreTrainedModel) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Batch:
+class SampledBatch:
     """A step's text and the vocabulary it is written in.
 
     text_N: slots that hold strings; forms_NM: their surface forms; single_N: True where a form is
@@ -192,15 +192,14 @@ class _Batch:
     bytes: int
 
 
-class _Training:
+class HypernetRun:
     """One training of a hypernetwork: the model it learns from, its optimiser, its stages."""
 
     def __init__(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        input_VD: Tensor,
-        output_VD: Tensor | None,
+        own: SourceTables,
         sampler: TokenizerSampler,
         hypernet: HyperEmbedding,
         plan: Plan,
@@ -208,8 +207,8 @@ class _Training:
     ) -> None:
         self.model = Substituted(model)
         self.hypernet, self.plan, self.rng, self.sampler = hypernet, plan, rng, sampler
-        self.device = input_VD.device
-        self.sides = [input_VD] if output_VD is None else [input_VD, output_VD]
+        self.device = own.input.device
+        self.sides = [own.input] if own.output is None else [own.input, own.output]
         self.source_VE = torch.cat(self.sides, dim=1).float()
         self.decompose = Decomposer(tokenizer, hypernet.config.max_pieces)
         self.pad_id = self.decompose.pad_id
@@ -257,7 +256,7 @@ class _Training:
         ]
         return torch.stack(losses).mean()
 
-    def batch(self, texts: Sequence[str]) -> _Batch:
+    def batch(self, texts: Sequence[str]) -> SampledBatch:
         """These texts under a tokenizer of their own."""
         self.sampler.push(texts)
         sampled = self.sampler.sample(self.rng)
@@ -272,9 +271,9 @@ class _Training:
         text_N = np.array([i for i, token in enumerate(vocabulary.tokens) if token is not None])
         forms_NM, pieces_N = self.decompose([vocabulary.tokens[i] or "" for i in text_N])
         n_bytes = sum(len(sampled.tokens[i] or "") for i in ids_BT[real_BT].tolist())
-        return _Batch(vocabulary, text_N, forms_NM, pieces_N == 1, rows, n_bytes)
+        return SampledBatch(vocabulary, text_N, forms_NM, pieces_N == 1, rows, n_bytes)
 
-    def embed(self, batch: _Batch) -> tuple[Tables, Tensor]:
+    def embed(self, batch: SampledBatch) -> tuple[Tables, Tensor]:
         """H's tables with the source rows of special tokens put in, and L_aux of the others."""
         vocabulary, size = batch.vocabulary, len(batch.vocabulary.tokens)
         ids_NM, place_N, single_N, filled_V = (
@@ -294,7 +293,7 @@ class _Training:
             bias = bias.new_zeros(size).index_copy(0, place_N, bias)
         return Tables(full[0], full[-1], filled_V, bias), torch.stack(losses).mean()
 
-    def loss(self, tables: Tables, batch: _Batch) -> Tensor:
+    def loss(self, tables: Tables, batch: SampledBatch) -> Tensor:
         """L_main: the frozen model's loss on the batch with these tables."""
         rows = (batch.rows.ids_BT, batch.rows.labels_BT, batch.rows.real_BT)
         ids, labels, real = (torch.from_numpy(a).to(self.device) for a in rows)

@@ -65,9 +65,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from maquette.data.tokenizers import TokenizerSpec, train
 from maquette.methods.surgery.vocabulary_transfer import transfer
 
-code, prose = ["def add(first, second): return first"] * 40, ["the first, then the second"] * 40
-old, new = (train(TokenizerSpec(vocabulary=275), t) for t in (code, prose))
-model = LlamaForCausalLM(LlamaConfig(vocab_size=len(old), hidden_size=32, intermediate_size=64,
+code = ["def add(first, second): return first + second  # adds any two numbers it is given"] * 40
+prose = ["What the function will return is simply the sum of the first two numbers."] * 40
+old, new = (train(TokenizerSpec(vocabulary=300), texts) for texts in (code, prose))
+model = LlamaForCausalLM(LlamaConfig(vocab_size=300, hidden_size=32, intermediate_size=64,
     num_hidden_layers=1, num_attention_heads=2, tie_word_embeddings=True))
 print(transfer(model, old, new, "fvt", texts=prose))
 """,

@@ -125,10 +125,10 @@ from maquette.data.tokenizers import TokenizerSpec, train
 from maquette.methods.surgery.zett import *
 from maquette.training.vocabulary_swap import source_tables
 
-code = ["def add(first, second): return first + second  # the sum of the two"] * 40
-prose = ["The sum of the first two numbers is what the function will return."] * 40
-old, new = (train(TokenizerSpec(vocabulary=290), texts) for texts in (code, prose))
-model = LlamaForCausalLM(LlamaConfig(vocab_size=290, hidden_size=32, intermediate_size=64,
+code = ["def add(first, second): return first + second  # adds any two numbers it is given"] * 40
+prose = ["What the function will return is simply the sum of the first two numbers."] * 40
+old, new = (train(TokenizerSpec(vocabulary=300), texts) for texts in (code, prose))
+model = LlamaForCausalLM(LlamaConfig(vocab_size=300, hidden_size=32, intermediate_size=64,
     num_hidden_layers=1, num_attention_heads=2, tie_word_embeddings=True))
 hypernet = hypernet_for(source_tables(model, old), old, Network(layers=1))
 train_hypernet(model, old, sampler_for(old, Sampling(vocabulary=512, queue=16)), code, hypernet,
