@@ -441,3 +441,31 @@ def test_what_a_user_can_get_wrong_is_bad_input(tmp_path):
     with pytest.raises(BadInput, match="304 embeddings, its tokenizer 300 ids"):
         part(tmp_path).fit(causal(304), source, context(tmp_path, target))
     part(tmp_path, drop_padding=True).fit(causal(304), source, context(tmp_path, target))
+
+
+def test_two_hops_a_source_and_a_new_vocabulary_without_a_step(world):
+    source = {"name": "source", "budget": "4step"}
+    target = {
+        "name": "target",
+        "init": {"from": "source"},
+        "workload": world.workload("text/causal", vocabulary=400),
+        "surgery": [{"type": "zett", **ZeroShotTransfer.examples[0]}],
+        "budget": "0step",
+    }
+    run = world.train(
+        {
+            "workload": world.workload("text/causal"),
+            "size": "nano",
+            "objective": "causal-lm",
+            "stages": [source, target],
+            "evaluate": [{"type": "bits-per-byte", "max_tokens": 2000}],
+        }
+    )
+    record = run.store.run(run.digest)
+    assert 0 < record.metrics["bits-per-byte"] < 20
+    assert record.ledger["helper"]["flops"] > 0
+    folders = [run.store.run_dir(stage) for stage in record.metrics["stages"]]
+    before, after = (LlamaForCausalLM.from_pretrained(f / "model") for f in folders)
+    assert (before.config.vocab_size, after.config.vocab_size) == (512, 400)
+    body = before.model.layers.state_dict()
+    assert all(torch.equal(body[n], p) for n, p in after.model.layers.state_dict().items())

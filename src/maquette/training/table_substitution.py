@@ -56,6 +56,7 @@ class Substituted:
             )
         self.model = model
         self.padding_idx = embedding.padding_idx
+        self._dtype = embedding.weight.dtype
         self._input = _names(model, embedding.weight)
         self._output = [n for n in _names(model, head.weight) if n not in self._input]
         self._bias = [] if head.bias is None else _names(model, head.bias)
@@ -75,14 +76,16 @@ class Substituted:
         if attention_BT is not None:
             given["attention_mask"] = attention_BT.long()
         added_V = tables.added()
+        # The model may be kept in half precision; the tables are not.
+        input_VD, output_VD = tables.input_VD.to(self._dtype), tables.output_VD.to(self._dtype)
         if self._fused:
-            own = dict.fromkeys(self._body_input, tables.input_VD)
+            own = dict.fromkeys(self._body_input, input_VD)
             hidden_BTD = functional_call(self.model.base_model, own, (), given).last_hidden_state
             hidden_ND, labels_N = hidden_BTD.flatten(0, 1), labels_BT.flatten()
-            return linear_cross_entropy(hidden_ND, tables.output_VD, labels_N, added_V)[0]
-        own = dict.fromkeys(self._input, tables.input_VD)
-        own |= dict.fromkeys(self._output, tables.output_VD)
-        own |= dict.fromkeys(self._bias, torch.zeros_like(added_V))
+            return linear_cross_entropy(hidden_ND, output_VD, labels_N, added_V)[0]
+        own = dict.fromkeys(self._input, input_VD)
+        own |= dict.fromkeys(self._output, output_VD)
+        own |= dict.fromkeys(self._bias, torch.zeros_like(output_VD[:, 0]))
         wanted_BT = labels_BT != IGNORED
         logits_NV = functional_call(self.model, own, (), given).logits[wanted_BT]
         return F.cross_entropy((logits_NV + added_V).float(), labels_BT[wanted_BT])

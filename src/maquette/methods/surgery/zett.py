@@ -192,8 +192,8 @@ class ZeroShotTransfer(Surgery):
             "the source tokenizer is not rewritten over bytes: a token is spelt in its alphabet, "
             "which gives the same pieces for byte-level vocabularies and needs no conversion of "
             "merges",
-            "substrings start at characters 0, 4, 8 of every word; the official code starts one "
-            "character late in multi-byte words and repeats the first start of a text",
+            "substrings start at characters 0, 4, 8 of every word; the official offsets are off by "
+            "one in the first word of a text and drift in words with multi-byte characters",
             "padding is never a target; officially the first padding position of a row is",
             "special tokens are no strings of the sampled tokenizer: text cannot spell them",
             "tokens of one length are encoded together and only the first position of the last "
