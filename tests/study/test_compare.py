@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -213,6 +214,31 @@ def test_two_processes_on_one_study_both_succeed_and_agree(world, tmp_path):
     assert answers[0]["verdicts"]["fast"]["word"] == "helps"
     runs = Store(tmp_path).list_runs(answers[0]["digest"])
     assert len(runs) == 6
+
+
+def test_workers_end_with_the_process_that_started_them(world, tmp_path):
+    (tmp_path / "cache").symlink_to(world.folder / "cache", target_is_directory=True)
+    path = tmp_path / "rates.yaml"
+    path.write_text(yaml.safe_dump(data(world, budget="100000step")))
+    command = [sys.executable, "-m", "maquette", "compare", str(path), "--on", "local:2"]
+    command += ["--home", str(tmp_path), "--device", "cpu"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as parent:
+        store = _wait(lambda: (tmp_path / "index.sqlite").exists() and Store(tmp_path))
+        assert store
+        _wait(lambda: store.list_runs(status="running"))
+        parent.kill()
+    # A claim whose process is dead can be taken; one of a living orphan cannot.
+    waiting = [run.digest for run in store.list_runs(status="running")]
+    assert waiting
+    assert _wait(lambda: all(store.claim(digest, "test") for digest in waiting))
+
+
+def _wait(holds, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not (found := holds()):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    return found
 
 
 # --- export --------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -136,12 +138,23 @@ _told: Any = None
 def _start_worker(threads: int, told: Any) -> None:
     global _told
     _told = told
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     import torch
 
     torch.set_num_threads(threads)
     from maquette import parts
 
     parts.load_all()
+
+
+def _end_with(parent: int) -> None:
+    """End this worker once its parent is gone: an orphan would go on training and hold its claim.
+
+    What it had not saved is done again by whoever claims the run next, to the same bits.
+    """
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 def _work(
