@@ -68,9 +68,9 @@ class Plan(Frozen):
     """Steps in which H learns to give single source tokens their own rows (10,000)."""
     steps: int = Field(600, ge=0)
     """Steps with sampled tokenizers (190,000)."""
-    identity_rate: float = Field(1e-3, gt=0)
+    identity_rate: float = Field(3e-3, gt=0)
     """Peak of the first stage: the rate rises to it in a straight line (3e-4)."""
-    rate: float = Field(3e-4, gt=0)
+    rate: float = Field(1e-3, gt=0)
     """Peak of the main stage: a warm-up, then half a cosine to zero (6e-5)."""
     warmup: float = Field(0.05, ge=0, lt=1)
     """Share of the main stage spent warming up (10,000 of 190,000 steps)."""

@@ -175,7 +175,7 @@ class ZeroShotTransfer(Surgery):
             "sequences; the rest of the gap closes with training on less than 1B tokens",
         ),
         defaults_from="the paper: m = 7, noise, clipping 0.1, weight 0.5, AdamW's betas; a "
-        "laptop's: 2 layers, 150 + 600 steps at 1e-3 and 3e-4, 16 x 64 tokens, 2,048 tokens in a "
+        "laptop's: 2 layers, 150 + 600 steps at 3e-3 and 1e-3, 16 x 64 tokens, 2,048 tokens in a "
         "sampled vocabulary from 256 texts",
         cost="The training of the hypernetwork, billed to `helper`, once per model: under the "
         "`amortised` rule its share falls with the number of tokenizers it serves. It is kept in "
