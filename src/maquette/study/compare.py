@@ -27,6 +27,7 @@ from maquette.study.tuning import DEV, Tuned, tune
 from maquette.study.verdict import (
     Charge,
     Verdict,
+    break_even_sentences,
     charged,
     charging_sentence,
     cost,
@@ -263,6 +264,7 @@ def _report(
         warnings=warnings,
         rerun=_rerun(study),
         charging=charges,
+        break_even=break_even_sentences({n: ledger for n, ledger in ledgers.items() if ledger}),
         tuning=[_tuning_view(arm) for arm in tuned.values()],
     )
 
