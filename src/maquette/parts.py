@@ -88,6 +88,12 @@ class Part(Frozen):
     needs: ClassVar[Needs] = Needs()
     card: ClassVar[Card | None] = None
 
+    def reads(self) -> Mapping[str, str]:
+        """Other stages of the recipe whose finished models this part needs, and the ledger cause
+        their training is billed under: `{"teacher": "helper"}`. `ctx.stage(name)` gives them.
+        """
+        return {}
+
     def spec(self) -> dict[str, Any]:
         """The part as plain data, every default written out; `parse_part` reads it back."""
         return {"type": type(self).type, **self.model_dump(mode="json")}
@@ -223,6 +229,14 @@ class Objective(Part):
         Only `clock.fraction` may decide it.
         """
         return ""
+
+    def phase_now(self, clock: Clock, extra: nn.ModuleDict) -> str:
+        """Cost class of the step that has just run, which is what it is billed by.
+
+        An objective whose cost depends on what happened in the run (state in `extra`) overrides
+        it; `phase`, by which the run is planned, then gives the dearest that can come.
+        """
+        return self.phase(clock)
 
     def special_tokens(self) -> tuple[str, ...]:
         """Tokens the tokenizer must hold as single, reserved entries."""

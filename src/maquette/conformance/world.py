@@ -15,14 +15,13 @@ from safetensors.torch import load_file
 from maquette import parts
 from maquette.errors import BadInput
 from maquette.parts import Objective, Part, Subject, Surgery
-from maquette.recipe import Recipe, parse_recipe
+from maquette.recipe import Recipe, parse_part, parse_recipe
 from maquette.study.execute import (
     Options,
     Trained,
-    _train_stage,
+    evaluation_ctx,
     execute,
-    make_ctx,
-    pick_device,
+    train_stages,
 )
 from maquette.study.models import load_subject
 from maquette.study.store import Store
@@ -130,24 +129,16 @@ class Run:
 
     def trained(self) -> Trained:
         """The last stage's files and how to read them."""
-        done: dict[str, Trained] = {}
-        for stage in self.recipe.stages:
-            parent = done[stage.init] if stage.init else None
-            done[stage.name] = _train_stage(
-                stage, parent, self.seed, self.store, pick_device("cpu"), OPTIONS, "", _ignore
-            )
-        return done[self.recipe.last.name]
+        return self._stages()[self.recipe.last.name]
 
-    def ctx(self, trained: Trained) -> Ctx:
-        """A context as an audit gets it."""
-        ctx = make_ctx(trained.stage, self.seed, self.store, pick_device("cpu"))
-        return replace(ctx, corpus=trained.corpus, tokenizer=trained.corpus.tokenizer)
+    def _stages(self) -> dict[str, Trained]:
+        return train_stages(self.recipe, self.seed, self.store, OPTIONS)
 
     def subject(self) -> tuple[Subject, Trained, Ctx]:
-        """The trained modules, frozen."""
-        trained = self.trained()
-        ctx = self.ctx(trained)
-        return load_subject(trained, ctx), trained, ctx
+        """The trained modules, frozen, and a context as an audit gets it."""
+        done = self._stages()
+        trained = done[self.recipe.last.name]
+        return load_subject(trained), trained, evaluation_ctx(trained, self.seed, done)
 
 
 class Stopped(Exception):
@@ -207,10 +198,6 @@ class World:
         except Stopped:
             return _run(data, seed, store)
         raise AssertionError(f"the run had no step {after}")
-
-
-def _ignore(stage: str, progress: Progress) -> None:
-    """No progress is shown."""
 
 
 def _run(data: Mapping[str, Any], seed: int, store: Store) -> Run:
@@ -316,7 +303,29 @@ def recipe_for(
         data["workload"]["corpus"] = {"path": str(world.folder / "dated.jsonl"), **dated}
     if issubclass(cls, Surgery) and cls.replaces_tokenizer:
         return _after_a_source(data, world, workload)
+    if read := list(parse_part(parts.KINDS[cls.kind], spec).reads()):
+        if cls.kind == "audit":
+            data["evaluate"] = [spec]  # else nothing would use what it reads
+        return _after_what_it_reads(data, read, cls, world)
     return data
+
+
+def _after_what_it_reads(
+    data: dict[str, Any], read: Sequence[str], cls: type[Part], world: World
+) -> dict[str, Any]:
+    """The recipe with a stage of its own seed for every name the part reads.
+
+    A data part reads language models, whatever the stage it prepares text for is.
+    """
+    slot = "data" if cls.kind == "data_op" else cls.kind
+    own = {k: data.pop(k) for k in (slot, "workload", "objective") if k in data}
+    plain = {"workload": own["workload"], "objective": own.get("objective", "causal-lm")}
+    if cls.kind == "data_op":
+        plain = {"workload": world.workload("text/causal"), "objective": "causal-lm"}
+    elif cls.kind == "objective":
+        plain["objective"] = OBJECTIVES[str(own["workload"]["type"])]
+    stages = [{"name": n, "budget": "4step", "reseed": i, **plain} for i, n in enumerate(read, 1)]
+    return data | {"stages": [*stages, {"name": "train", **own}]}
 
 
 def _after_a_source(data: dict[str, Any], world: World, workload: str) -> dict[str, Any]:

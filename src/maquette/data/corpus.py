@@ -31,7 +31,7 @@ from maquette.data.table import DROPPED, DocumentWriter, stored
 from maquette.data.tokenizers import TokenizerSpec
 from maquette.errors import BadInput
 
-_FORMAT = 1
+_FORMAT = 2
 EXACT, NEAR = "exact duplicate", "near duplicate"
 
 
@@ -213,11 +213,16 @@ def _layers(
     )
     if not ops:
         return base, base
-    key = digest(_FORMAT, base.name, [op.digest_key() for op in ops])
+    read = {name: ctx.stage(name).digest for op in ops for name in op.reads()}
+    key = digest(_FORMAT, base.name, [op.digest_key() for op in ops], *([read] if read else []))
     source = base / "train.parquet"
-    return base, built_once(
+    top = built_once(
         cache, f"curated-{key}", lambda to: run_steps(source, ops, ctx, engine, to, tell)
     )
+    if ctx is not None:
+        # What the parts cost is paid by every run that uses them, whoever computed them first.
+        ctx.ledger.add(type(ctx.ledger).from_dict(read_card(top)["ledger"]))
+    return base, top
 
 
 def _documents(
@@ -363,14 +368,17 @@ def _card(
     vocabulary = read_card(trained)
     dropped = Counter(first["read"]["dropped"])
     dropped.update({why: n for why, n in first["duplicates"].items() if n})
+    warnings: dict[str, str] = {}
     if top != base:
         for stage in read_card(top)["ops"]:
             dropped.update(stage["dropped"])
+            warnings |= stage["warnings"]
     return {
         "path": spec.path,
         "digest": digest(vocabulary["digest"], {p: c["digest"] for p, c in token_cards.items()}),
         "read": {"documents": first["read"]["documents"], "bytes": first["read"]["bytes"]},
         "dropped": dict(dropped),
+        "warnings": warnings,
         "notes": first["read"]["notes"],
         "largest_group": first["largest_group"],
         "parts": {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -30,6 +30,7 @@ class DataOp(Protocol):
     """What is needed of a part that works on rows (`parts.DataOp`)."""
 
     def digest_key(self) -> str: ...
+    def reads(self) -> Mapping[str, str]: ...
     def fit(self, sample: pa.Table, ctx: Any) -> Any: ...
     def apply(self, batch: pa.RecordBatch, state: Any) -> pa.RecordBatch: ...
 
@@ -41,6 +42,7 @@ class Selector(Protocol):
     @property
     def take(self) -> str: ...
     def digest_key(self) -> str: ...
+    def reads(self) -> Mapping[str, str]: ...
     def columns(self) -> tuple[str, ...]: ...
     def choose(
         self, index: pa.Table, target: pa.Table | None, take: Limit, ctx: Any
@@ -72,29 +74,34 @@ def run_steps(
 ) -> dict[str, Any]:
     """Write `train.parquet` and `dropped.parquet`; each step sees what the one before left.
 
-    Returns {"ops": [{part, dropped by reason}], "train": {documents, bytes, digest}}.
+    Returns {"ops": [{part, dropped by reason, warnings}], "train": {documents, bytes, digest},
+    "ledger": what the parts billed}.
     Raises BadInput if a step leaves no document.
     """
     first, stages = source, []
+    if ctx is not None:
+        held_out = source.with_name("held_out.parquet")
+        ctx = replace(ctx, ledger=type(ctx.ledger)(), held_out=held_out)
     with DocumentWriter(to / "dropped.parquet", DROPPED) as left_out:
         for n, step in enumerate(steps):
             name = type(step).__name__
             target = to / f"stage-{n}.parquet"
             run = _select if isinstance(step, Selector) else _apply
-            out, why = run(step, source, target, left_out, ctx, engine, tell)  # type: ignore[arg-type]
+            out, why, warnings = run(step, source, target, left_out, ctx, engine, tell)  # type: ignore[arg-type]
             if out.documents == 0:
                 raise BadInput(
                     f"the data part dropped all documents ({dict(why)})",
                     where=name,
                     mend="loosen its thresholds or give a larger corpus",
                 )
-            stages.append({"part": name, "dropped": dict(why)})
+            stages.append({"part": name, "dropped": dict(why), "warnings": warnings})
             if source != first:
                 source.unlink()
             source = target
     source.rename(to / "train.parquet")
     counts = {"documents": out.documents, "bytes": out.bytes, "digest": out.digest}
-    return {"ops": stages, "train": counts}
+    ledger = ctx.ledger.as_dict() if ctx is not None else None
+    return {"ops": stages, "train": counts, "ledger": ledger}
 
 
 def _apply(
@@ -105,7 +112,7 @@ def _apply(
     ctx: Any,
     engine: Engine,
     tell: Progress,
-) -> tuple[DocumentWriter, Counter[str]]:
+) -> tuple[DocumentWriter, Counter[str], dict[str, str]]:
     name = type(op).__name__
     rows = getattr(op, "fitting_rows", lambda: "sample")()
     fitting = list(stored(source) if rows == "all" else table.sample(source, FIT_SAMPLE_BYTES))
@@ -120,7 +127,7 @@ def _apply(
             # A reason holds the row's own score; rows of one cut count together.
             why.update(_NUMBER.sub("…", r, count=1) for r in reasons.to_pylist())
             tell(f"data part {name}", out.bytes, None)
-    return out, why
+    return out, why, op.diagnose(state) if hasattr(op, "diagnose") else {}
 
 
 def _sifted(result: pa.RecordBatch, name: str) -> tuple[pa.RecordBatch, pa.RecordBatch, pa.Array]:
@@ -146,7 +153,7 @@ def _select(
     ctx: Any,
     engine: Engine,
     tell: Progress,
-) -> tuple[DocumentWriter, Counter[str]]:
+) -> tuple[DocumentWriter, Counter[str], dict[str, str]]:
     name = getattr(type(selector), "type", type(selector).__name__)
     index = index_table(list(engine.map(IndexColumns(selector.columns()), source)))
     limit = parse_take(selector.take, pc.sum(index["bytes"]).as_py())
@@ -162,7 +169,7 @@ def _select(
             left_out.write(table.dropped(gone, [reason] * gone.num_rows))
             why[reason] += gone.num_rows
             tell(f"selection {name}", out.bytes, None)
-    return out, why
+    return out, why, {}
 
 
 def chosen_rows(rows: pa.Array | pa.ChunkedArray, n: int, name: str) -> np.ndarray:

@@ -38,8 +38,12 @@ class StagePlan:
 
 
 def plan(recipe: Recipe, store: Store, options: Options) -> list[StagePlan]:
-    """The plan of every stage. Prepares the corpora (they are cached for the real run)."""
-    return [_plan_stage(stage, store, options) for stage in recipe.stages if stage.init is None]
+    """The plan of every stage that needs no other. Prepares the corpora (cached for the run)."""
+    return [
+        _plan_stage(stage, store, options)
+        for stage in recipe.stages
+        if stage.trains and not stage.node().needs
+    ]
 
 
 def _plan_stage(stage: Stage, store: Store, options: Options) -> StagePlan:
@@ -47,7 +51,7 @@ def _plan_stage(stage: Stage, store: Store, options: Options) -> StagePlan:
     ctx = make_ctx(stage, 0, store, device)
     corpus = stage.workload.prepare(ctx, stage.special_tokens, stage.data)
     ctx = replace(ctx, corpus=corpus, tokenizer=corpus.tokenizer)
-    model = build(stage, corpus, ctx, store.home / "none", None)
+    model = build(stage, corpus, ctx, store.home / "none")
     run, feeder = loop.start(
         stage, corpus, model, ctx, choose_precision_for(options, device), options.settings, None
     )

@@ -99,6 +99,26 @@ class Arm(_Part):
     diagnostics: list[Diagnostic] = Field(default_factory=list)
 
 
+class Trial(_Part):
+    """One trial of an arm: a value per tuned key, and the metric on `dev`; None if it failed."""
+
+    values: list[float]
+    score: Number
+
+
+class TunedArm(_Part):
+    """How an arm's values were found. certified: every neighbour of `best` was run, none better.
+    flops: what the trials cost; no arm's ledger holds it.
+    """
+
+    arm: str
+    keys: list[str]
+    best: list[float]
+    certified: bool
+    trials: list[Trial]
+    flops: Number
+
+
 class Report(_Part):
     """Everything a report shows. created: ISO date; arms: the baseline among them."""
 
@@ -117,6 +137,7 @@ class Report(_Part):
     warnings: list[str] = Field(default_factory=list)
     rerun: list[str] = Field(default_factory=list)
     charging: list[Charge] = Field(default_factory=list)
+    tuning: list[TunedArm] = Field(default_factory=list)
 
 
 def _check(report: Report | Mapping[str, Any]) -> Report:
@@ -316,6 +337,7 @@ def _context(report: Report) -> dict[str, Any]:
         "charging_notes": _charging_notes(report),
         "units": UNITS,
         "n": number,
+        "quantity": quantity,
     }
 
 
@@ -344,10 +366,11 @@ def fence(text: str) -> str:
     return f"{ticks}\n{text.rstrip()}\n{ticks}"
 
 
-def _environment(*, html: bool) -> Any:
+def environment(*, html: bool) -> Any:
+    """Where the templates of reports are found and how they escape."""
     import jinja2
 
-    environment = jinja2.Environment(
+    made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=html,
         undefined=jinja2.StrictUndefined,
@@ -355,8 +378,8 @@ def _environment(*, html: bool) -> Any:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"md": markdown_text, "fence": fence, "day": _date}
-    return environment
+    made.filters |= {"md": markdown_text, "fence": fence, "day": _date}
+    return made
 
 
 def render_html(report: Report) -> str:
@@ -372,13 +395,13 @@ def render_html(report: Report) -> str:
         "legend": _legend(report),
         "css": markupsafe.Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
     }
-    template = _environment(html=True).get_template("report.html.j2")
+    template = environment(html=True).get_template("report.html.j2")
     return template.render(**_context(report), **drawn)
 
 
 def render_markdown(report: Report) -> str:
     """The Markdown text."""
-    return _environment(html=False).get_template("report.md.j2").render(**_context(report))
+    return environment(html=False).get_template("report.md.j2").render(**_context(report))
 
 
 def render(report: Report | Mapping[str, Any], out_dir: Path | str) -> dict[str, Path]:

@@ -52,9 +52,8 @@ def _key(batch: Batch, loss_phase: str) -> str:
     return f"{loss_phase}{batch.signature}"
 
 
-def count_batches(run: LiveRun, batches: Sequence[Batch]) -> None:
+def count_batches(run: LiveRun, batches: Sequence[Batch], phase: str) -> None:
     """Count one eager forward and backward pass of every shape not met before in this phase."""
-    phase = run.objective.phase(run.clock)
     for piece, batch in enumerate(batches):
         key = _key(batch, phase)
         if key not in run.costs.batches:
@@ -94,7 +93,7 @@ def count_all(run: LiveRun, batches: Sequence[Batch]) -> float:
     trial.horizon = Horizon(LOSS_PHASE_GRID)
     per_step = []
     for trial.step in range(LOSS_PHASE_GRID):
-        count_batches(trial, batches)
+        count_batches(trial, batches, phases[trial.step])
         per_step.append(sum(run.costs.of(batches, phases[trial.step], "").values()))
     run.step = 0
     if type(run.stage.optim).phase is not Optim.phase:
@@ -129,11 +128,13 @@ def plan_horizon(
     tokens_per_step: int,
     *,
     timed_step: Callable[[], Any],
+    steps_per_epoch: float = 1.0,
     usd_per_hour: float | None = None,
 ) -> Horizon:
     """How many optimiser steps the budget buys, from the counted cost of one.
 
-    The total lands within half a step of the budget. Minutes and dollars are turned into steps
+    The total lands within half a step of the budget, also where an epoch is no whole number of
+    steps. Minutes and dollars are turned into steps
     by timing a few real passes, once: the horizon is stored, so that a resumed run keeps it.
     Raises BadInput when the budget is below one step.
     """
@@ -149,7 +150,12 @@ def plan_horizon(
     if unit == "s":
         cost = _median_seconds(timed_step)
     else:
-        cost = {"step": 1.0, "tok": float(tokens_per_step), "flop": flops_per_step}[unit]
+        cost = {
+            "step": 1.0,
+            "epoch": 1 / steps_per_epoch,
+            "tok": float(tokens_per_step),
+            "flop": flops_per_step,
+        }[unit]
     steps = round(amount / cost)
     if steps < 1:
         raise BadInput(

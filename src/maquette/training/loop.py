@@ -193,6 +193,25 @@ def train(
     return _finish(run, feeder, folder)
 
 
+def leave(
+    stage: Stage,
+    corpus: Corpus,
+    model: PreTrainedModel,
+    ctx: Ctx,
+    folder: Path,
+    **unused: Any,
+) -> Outcome:
+    """What `train` gives for a stage of no steps: the modules as they start, nothing billed."""
+    extra = _extra_of(stage, model.to(ctx.device), ctx)
+    MetricsFile(folder / "metrics.jsonl", 0).close()
+    return Outcome(model.eval(), extra.eval(), ctx.ledger, 0, {})
+
+
+def _extra_of(stage: Stage, model: PreTrainedModel, ctx: Ctx) -> nn.ModuleDict:
+    torch.manual_seed(stream_seed(ctx.seed, "init", 1) % 2**63)
+    return stage.objective.build(model, ctx).to(ctx.device)
+
+
 def start(
     stage: Stage,
     corpus: Corpus,
@@ -204,14 +223,13 @@ def start(
 ) -> tuple[LiveRun, Feeder]:
     """The run at its first step, or at the step its checkpoint was saved at."""
     model.to(ctx.device).train()
-    torch.manual_seed(stream_seed(ctx.seed, "init", 1) % 2**63)
-    extra = stage.objective.build(model, ctx).to(ctx.device).train()
+    extra = _extra_of(stage, model, ctx).train()
     run = LiveRun(stage, model, extra, ctx, precision)
     feeder = Feeder(stage, corpus.train, ctx)
     if saved:
         _restore(run, saved)
     else:
-        _plan(run, feeder.batches(0), settings)
+        _plan(run, feeder, settings)
     feeder.steps = run.horizon.steps
     _compile(run, run.compiled if saved else settings.compile)
     run.make_optimizer(run.horizon)
@@ -231,14 +249,16 @@ def _compile(run: LiveRun, mode: str) -> None:
         maybe_compile(run.extra, "on", run_flops=whole, device=run.ctx.device, cache=cache)
 
 
-def _plan(run: LiveRun, batches: Sequence[Batch], settings: Settings) -> None:
+def _plan(run: LiveRun, feeder: Feeder, settings: Settings) -> None:
     """Count a step and set the horizon from it."""
+    batches = feeder.batches(0)
     flops = count_all(run, batches)
     run.horizon = plan_horizon(
         run.stage.budget,
         flops,
         sum(batch.n_tokens for batch in batches),
         timed_step=lambda: run.backward(batches),
+        steps_per_epoch=feeder.n_rows / run.stage.rows,
         usd_per_hour=settings.usd_per_hour,
     )
     for parameter in run.trainable():
@@ -254,8 +274,9 @@ def _update(run: LiveRun, batches: Sequence[Batch]) -> dict[str, float]:
 
 
 def _bill(run: LiveRun, batches: Sequence[Batch], seconds: float) -> None:
-    count_batches(run, batches)
-    loss_phase, update_phase = run.objective.phase(run.clock), run.stage.optim.phase(run.step)
+    loss_phase = run.objective.phase_now(run.clock, run.extra)
+    update_phase = run.stage.optim.phase(run.step)
+    count_batches(run, batches, loss_phase)
     costs = run.costs.of(batches, loss_phase, update_phase)
     n_tokens, n_bytes = sum(b.n_tokens for b in batches), sum(b.n_bytes for b in batches)
     for cause, flops in costs.items():
