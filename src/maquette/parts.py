@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from maquette.config import Frozen
 from maquette.errors import BadInput, did_you_mean
@@ -29,12 +29,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from maquette.data.corpus import Corpus
+    from maquette.data.selection import Limit
     from maquette.recipe import Size
 
 __all__ = [
     "KINDS", "Audit", "Batch", "Card", "Clock", "Ctx", "DataOp", "Decoder", "Examples", "Feed",
-    "Head", "Loss", "Needs", "Objective", "Optim", "Part", "Run", "Scale", "State", "Subject",
-    "Surgery", "Workload", "find", "load_all", "parts", "register",
+    "Head", "Loss", "Needs", "Objective", "Optim", "Part", "Run", "Scale", "Selector", "State",
+    "Subject", "Surgery", "Workload", "find", "load_all", "parts", "register",
 ]  # fmt: skip
 
 Scale = Literal["one", "ddp", "fsdp"]
@@ -152,6 +153,10 @@ class DataOp(Part):
 
         return json.dumps(self.spec(), sort_keys=True)
 
+    def fitting_rows(self) -> Literal["sample", "all"]:
+        """What `fit` is given; a part whose options decide it overrides this."""
+        return self.fits_on
+
     def fit(self, sample: pa.Table, ctx: Ctx) -> State:
         return State()
 
@@ -161,6 +166,49 @@ class DataOp(Part):
     def diagnose(self, state: State) -> dict[str, str]:
         """Notes for the report from what was learnt; `{}` when there is nothing to say."""
         return {}
+
+
+class Selector(Part):
+    """A global choice: which documents of the whole corpus stay, under a limit.
+
+    It sees an index (numbers, no text), so a corpus of any size can be chosen from. What it
+    decides by, a data part before it has written as a column.
+    """
+
+    kind: ClassVar[str] = "selector"
+
+    take: str
+    """The most that is kept: a share of the bytes (`30%`), a size (`2GB`) or a number (`5000doc`).
+    """
+
+    @field_validator("take")
+    @classmethod
+    def _is_an_amount(cls, take: str) -> str:
+        from maquette.data.selection import parse_take
+
+        parse_take(take, 0)
+        return take
+
+    def digest_key(self) -> str:
+        """Text that changes when the documents this chooses would."""
+        import json
+
+        return json.dumps(self.spec(), sort_keys=True)
+
+    def columns(self) -> tuple[str, ...]:
+        """Columns of the documents that `choose` reads."""
+        return ()
+
+    @abstractmethod
+    def choose(self, index: pa.Table, target: pa.Table | None, take: Limit, ctx: Ctx) -> pa.Array:
+        """Values of `row` of the documents that stay, each once, in any order.
+
+        index: one row per document: `row` (int64, its place), `key` (uint64, a hash of its id, for
+        ties and draws), `bytes` (int64, of its text), and `columns()`.
+        target: the same of documents that the chosen ones should be like; None if there are none.
+        take: what `self.take` amounts to on this corpus.
+        """
+        ...
 
 
 class Feed(Part):
@@ -366,7 +414,7 @@ class Workload(Part):
 
     @abstractmethod
     def prepare(
-        self, ctx: Ctx, special_tokens: Sequence[str] = (), ops: Sequence[DataOp] = ()
+        self, ctx: Ctx, special_tokens: Sequence[str] = (), ops: Sequence[DataOp | Selector] = ()
     ) -> Corpus:
         """Read, clean, split and tokenise the corpus (cached), or return it from the cache."""
         ...
@@ -387,7 +435,8 @@ class Workload(Part):
 # --- registry ------------------------------------------------------------------------------------
 
 KINDS: dict[str, type[Part]] = {
-    cls.kind: cls for cls in (DataOp, Feed, Objective, Optim, Surgery, Decoder, Audit, Workload)
+    cls.kind: cls
+    for cls in (DataOp, Selector, Feed, Objective, Optim, Surgery, Decoder, Audit, Workload)
 }
 _PARTS: dict[str, dict[str, type[Part]]] = {kind: {} for kind in KINDS}
 _BUILT_IN = ("maquette.methods", "maquette.workloads", "maquette.evaluation")

@@ -29,7 +29,7 @@ from maquette.parts import Audit, Objective, Part, Surgery, Workload
 from maquette.recipe import parse_part
 from maquette.training.ledger import CAUSES, Ledger
 
-TRAINED_WITH = ("objective", "optim", "surgery", "feed", "data_op")
+TRAINED_WITH = ("objective", "optim", "surgery", "feed", "data_op", "selector")
 OPTIONAL_CARD_FIELDS = ("arxiv", "paper_figures", "clashes", "differs")
 CARDLESS = ("workload",)
 LOGIT_TOLERANCE = 1e-5
