@@ -397,4 +397,5 @@ def digest(*facts: object) -> str:
 def stage_digest(stage: Stage, corpus: str, seed: int, parent: str | None) -> str:
     """Identity of a trained stage: its spec, its data's content, its seed and where it started."""
     spec = {k: v for k, v in stage.spec().items() if k not in ("name", "init")}
-    return digest("stage", spec, corpus, seed, parent)
+    read_by_feed = [key] if (key := stage.feed.digest_key()) else []
+    return digest("stage", spec, corpus, seed, parent, *read_by_feed)

@@ -21,7 +21,8 @@ def trained():
         if cls.kind in TRAINED_WITH:
             slugs = workloads_of(cls)
             slugs = slugs[:1] if cls.kind in ("feed", "data_op") else slugs
-            variants = range(len(EXAMPLE_OPTIONS.get(cls.type, ({},))))
+            declared = getattr(cls, "examples", None)
+            variants = range(len(declared or EXAMPLE_OPTIONS.get(cls.type, ({},))))
             cases += [
                 pytest.param(cls, i, slug, id=f"{name(cls)}-{i}-{slug.removeprefix('text/')}")
                 for i in variants

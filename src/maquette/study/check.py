@@ -66,7 +66,7 @@ def _plan_stage(stage: Stage, store: Store, options: Options) -> StagePlan:
         length=stage.length,
         steps=run.horizon.steps,
         tokens=run.horizon.steps * sum(b.n_tokens for b in batches),
-        flops=run.horizon.steps * run.horizon.flops_per_step,
+        flops=run.horizon.steps * run.horizon.flops_per_step + run.horizon.side_flops,
         flops_by_cause=causes,
         memory=_held_bytes(run),
         seconds=seconds,

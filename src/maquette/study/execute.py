@@ -160,6 +160,7 @@ def _train_stage(
                     "steps": outcome.steps,
                     "warnings": outcome.warnings,
                     "peak_memory": ctx.ledger.peak_memory,
+                    **({"refreshes": outcome.refreshes} if outcome.refreshes else {}),
                 },
                 machine=machine_facts(device),
             )

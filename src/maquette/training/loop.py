@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,18 +22,26 @@ from transformers import PreTrainedModel
 from maquette.data.corpus import Corpus
 from maquette.data.order import stream_seed
 from maquette.errors import RunFailed
-from maquette.parts import Batch, Clock, Ctx, Loss, Objective
+from maquette.parts import Batch, Clock, Ctx, Loss, Objective, Optim, Selection
 from maquette.recipe import Stage
 from maquette.schedules import Horizon
 from maquette.training import checkpoint
+from maquette.training.branch import Branch, branch
 from maquette.training.compiled import maybe_compile
-from maquette.training.cost import StepCosts, count_all, count_batches, plan_horizon
+from maquette.training.cost import (
+    StepCosts,
+    count_all,
+    count_batches,
+    count_refreshes,
+    plan_horizon,
+)
 from maquette.training.feeding import Feeder
 from maquette.training.held_out import HeldOutLoss
 from maquette.training.ledger import Ledger
 from maquette.training.memory import peak_memory, reset_peak_memory
 from maquette.training.metrics import MetricsFile, read_metrics, series
 from maquette.training.precision import Precision, choose_precision
+from maquette.training.selection import Selections
 
 log = logging.getLogger(__name__)
 
@@ -68,18 +77,22 @@ class Progress:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished stage: the trained modules, what it cost, and warnings for the report."""
+    """A finished stage: the trained modules, what it cost, and what its record and report say.
+
+    refreshes: what the feed reported, by step.
+    """
 
     model: PreTrainedModel
     extra: nn.ModuleDict
     ledger: Ledger
     steps: int
     warnings: dict[str, str]
+    refreshes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class LiveRun:
-    """A run in progress; what an `Optim` may look at (`parts.Run`)."""
+    """A run in progress; what an `Optim` or a `Feed` may look at (`parts.Run`)."""
 
     stage: Stage
     model: PreTrainedModel
@@ -96,10 +109,15 @@ class LiveRun:
     seconds: float = 0.0
     live: float | None = None
     compiled: str = "off"
+    selections: dict[int, Selection] = field(default_factory=dict)
 
     @property
     def objective(self) -> Objective:
         return self.stage.objective
+
+    @property
+    def rows(self) -> int:
+        return self.stage.rows
 
     @property
     def clock(self) -> Clock:
@@ -140,6 +158,19 @@ class LiveRun:
                 logs[name] = logs.get(name, 0.0) + value * share
         return {name: float(value) for name, value in logs.items()}
 
+    def update(self, microbatches: Sequence[Batch]) -> dict[str, float]:
+        """One optimiser step at this step's learning rate."""
+        factor = self.stage.optim.rate_factor(self.step, self.horizon)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        return self.stage.optim.step(self, microbatches)
+
+    def branch(self) -> AbstractContextManager[Branch]:
+        """A block whose steps are taken back, bit for bit."""
+        # Only an optimiser with a step of its own changes weights that take no gradient.
+        own_step = type(self.stage.optim).step is not Optim.step
+        return branch((self.model, self.extra), self.optimizer, frozen=own_step)
+
 
 def train(
     stage: Stage,
@@ -161,18 +192,21 @@ def train(
     reset_peak_memory(ctx.device)
     saved = checkpoint.newest(folder / "state")
     run, feeder = start(stage, corpus, model, ctx, precision, settings, saved)
+    selections = Selections(run, feeder, folder / "state")
     metrics = MetricsFile(folder / "metrics.jsonl", run.step)
     look = HeldOutLoss(stage, corpus.held_out, ctx, settings.live_rows)
     looks = {
         round(i * run.horizon.steps / settings.live_points) for i in range(settings.live_points)
     }
     saved_at = time.monotonic()
-    for step, batches in feeder.stream(run.step, run.horizon.steps):
+    for step, batches in feeder.stream(
+        run.step, run.horizon.steps, due=selections.due, refresh=selections.refresh
+    ):
         if step in looks:
             run.live = look(run.model, run.extra, run.precision)
             metrics.write({"step": step, **_totals(run), "held_out_loss": run.live})
         began = time.perf_counter()
-        logs = _update(run, batches)
+        logs = run.update(batches)
         _bill(run, batches, time.perf_counter() - began)
         if not all(math.isfinite(v) for v in logs.values()):
             metrics.close()
@@ -190,7 +224,7 @@ def train(
     run.live = look(run.model, run.extra, run.precision)
     metrics.write({"step": run.step, **_totals(run), "held_out_loss": run.live})
     metrics.close()
-    return _finish(run, feeder, folder)
+    return _finish(run, feeder, selections, folder)
 
 
 def start(
@@ -234,23 +268,17 @@ def _compile(run: LiveRun, mode: str) -> None:
 def _plan(run: LiveRun, batches: Sequence[Batch], settings: Settings) -> None:
     """Count a step and set the horizon from it."""
     flops = count_all(run, batches)
+    side = count_refreshes(run)
     run.horizon = plan_horizon(
         run.stage.budget,
         flops,
         sum(batch.n_tokens for batch in batches),
         timed_step=lambda: run.backward(batches),
         usd_per_hour=settings.usd_per_hour,
+        side_flops=side,
     )
     for parameter in run.trainable():
         parameter.grad = None
-
-
-def _update(run: LiveRun, batches: Sequence[Batch]) -> dict[str, float]:
-    """One optimiser step at this step's learning rate."""
-    factor = run.stage.optim.rate_factor(run.step, run.horizon)
-    for group in run.optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
-    return run.stage.optim.step(run, batches)
 
 
 def _bill(run: LiveRun, batches: Sequence[Batch], seconds: float) -> None:
@@ -297,7 +325,7 @@ def _restore(run: LiveRun, saved: checkpoint.Saved) -> None:
     run.ctx.ledger.add(Ledger.from_dict(clock["ledger"]))
 
 
-def _finish(run: LiveRun, feeder: Feeder, folder: Path) -> Outcome:
+def _finish(run: LiveRun, feeder: Feeder, selections: Selections, folder: Path) -> Outcome:
     run.ctx.ledger.peak_memory = max(run.ctx.ledger.peak_memory, peak_memory(run.ctx.device))
     if mix := feeder.realised_mix():
         log.info("realised mix: %s", ", ".join(f"{k} {v:.2%}" for k, v in mix.items()))
@@ -307,7 +335,8 @@ def _finish(run: LiveRun, feeder: Feeder, folder: Path) -> Outcome:
         run.extra.eval(),
         run.ctx.ledger,
         run.step,
-        run.objective.diagnose(logged),
+        run.objective.diagnose(logged) | selections.warnings(),
+        selections.facts(),
     )
 
 
