@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from maquette.errors import BadInput
 
 if TYPE_CHECKING:
     import numpy as np
@@ -116,10 +118,22 @@ class Selection:
 
 
 @dataclass(frozen=True)
+class FinishedStage:
+    """A stage another one reads. folder: its run's own; `model/` in it is a plain Hugging Face
+    directory, unless the stage cannot be merged back to one (an ensemble).
+    load: its frozen model with tokenizer and extra modules, on the device of the run.
+    """
+
+    digest: str
+    folder: Path
+    load: Callable[[], Subject]
+
+
+@dataclass(frozen=True)
 class Ctx:
     """What a part may use of the engine.
 
-    seed: root seed of the run; `rng` and `torch_rng` derive one independent stream per name
+    seed: root seed of the stage; `rng` and `torch_rng` derive one independent stream per name
     (`init`, `order`, `corrupt`, `dropout`, `eval`, or a part's own slug), so that a change of
     objective never moves the data order.
     """
@@ -133,6 +147,17 @@ class Ctx:
     workload: str = ""
     tokenizer: PreTrainedTokenizerBase | None = None
     corpus: Corpus | None = None
+    stages: Mapping[str, FinishedStage] = field(default_factory=dict)
+
+    def stage(self, name: str) -> FinishedStage:
+        """A finished stage that a part of this one reads (`Part.reads`)."""
+        if name not in self.stages:
+            raise BadInput(
+                f"there is no finished stage `{name}` here",
+                key="stages",
+                mend="run the part inside a recipe that has this stage, and name it in `reads`",
+            )
+        return self.stages[name]
 
     def rng(self, stream: str, *more: int) -> np.random.Generator:
         from maquette.data.order import generator

@@ -89,6 +89,12 @@ class Part(Frozen):
     needs: ClassVar[Needs] = Needs()
     card: ClassVar[Card | None] = None
 
+    def reads(self) -> Mapping[str, str]:
+        """Other stages of the recipe whose finished models this part needs, and the ledger cause
+        their training is billed under: `{"teacher": "helper"}`. `ctx.stage(name)` gives them.
+        """
+        return {}
+
     def spec(self) -> dict[str, Any]:
         """The part as plain data, every default written out; `parse_part` reads it back."""
         return {"type": type(self).type, **self.model_dump(mode="json")}

@@ -12,13 +12,14 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from graphlib import CycleError, TopologicalSorter
 from typing import Any, Literal, TypeVar, cast
 
 from maquette import parts
 from maquette.config import validate
+from maquette.data.order import stream_seed
 from maquette.errors import BadInput, did_you_mean
 from maquette.parts import Audit, DataOp, Feed, Objective, Optim, Part, Surgery, Workload
+from maquette.plan import Init, Node, charged_to, in_order, parse_init
 
 # --- sizes ---------------------------------------------------------------------------------------
 
@@ -71,7 +72,7 @@ def size_named(name: str, *, where: object = None, key: str = "size") -> Size:
 
 # --- budgets -------------------------------------------------------------------------------------
 
-Unit = Literal["flop", "tok", "step", "s", "usd"]
+Unit = Literal["flop", "tok", "step", "epoch", "s", "usd"]
 _UNITS: dict[str, tuple[Unit, float]] = {
     "flop": ("flop", 1),
     "flops": ("flop", 1),
@@ -80,6 +81,8 @@ _UNITS: dict[str, tuple[Unit, float]] = {
     "tokens": ("tok", 1),
     "step": ("step", 1),
     "steps": ("step", 1),
+    "epoch": ("epoch", 1),
+    "epochs": ("epoch", 1),
     "s": ("s", 1),
     "sec": ("s", 1),
     "min": ("s", 60),
@@ -91,15 +94,17 @@ _BUDGET = re.compile(r"\s*([0-9][0-9_]*\.?[0-9]*(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Z
 
 @dataclass(frozen=True)
 class Budget:
-    """An amount of one unit: counted training FLOPs, tokens, steps, seconds or US dollars."""
+    """An amount of one unit: counted training FLOPs, tokens, steps, epochs (passes over the
+    training part), seconds or US dollars. No steps at all, `0step`, leaves a model as it starts.
+    """
 
     amount: float
     unit: Unit
 
     @classmethod
     def parse(cls, text: object, *, where: object = None, key: str = "budget") -> Budget:
-        """`3e15flop`, `2e7tok`, `2000step`, `10min`, `5usd`."""
-        mend = "a number and a unit: 3e15flop, 2e7tok, 2000step, 10min or 5usd"
+        """`3e15flop`, `2e7tok`, `2000step`, `8epoch`, `10min`, `5usd`; `0step` for none."""
+        mend = "a number and a unit: 3e15flop, 2e7tok, 2000step, 8epoch, 10min or 5usd"
         match = _BUDGET.fullmatch(str(text))
         if not match:
             raise BadInput(f"`{text}` is not a budget", where=where, key=key, mend=mend)
@@ -108,7 +113,7 @@ class Budget:
             raise BadInput(f"`{unit}` is not a unit of budget", where=where, key=key, mend=mend)
         name, factor = _UNITS[unit.lower()]
         amount = float(number.replace("_", "")) * factor
-        if not 0 < amount < float("inf"):
+        if not (0 < amount < float("inf") or (amount == 0 and name == "step")):
             raise BadInput(f"a budget must be above zero, got `{text}`", where=where, key=key)
         return cls(amount, name)
 
@@ -148,7 +153,9 @@ def parse_part(kind: type[K], value: object, *, where: object = None, key: str |
 class Stage:
     """One training run inside a recipe.
 
-    init: stage whose final model it starts from; None builds one from `workload` and `size`.
+    init: the stages its model is made from; None builds one from `workload` and `size`.
+    reseed: another draw of every random stream, initial weights and data order among them: stages
+    that differ in it alone are independent members of an ensemble.
     microbatches: pieces each step is accumulated from; a multiple of the number of processes.
     """
 
@@ -159,7 +166,8 @@ class Stage:
     optim: Optim
     feed: Feed
     budget: Budget
-    init: str | None = None
+    init: Init | None = None
+    reseed: int = 0
     data: tuple[DataOp, ...] = ()
     surgery: tuple[Surgery, ...] = ()
     microbatches: int = 1
@@ -175,10 +183,31 @@ class Stage:
         rows = self.size.rows(self.length)
         return max(self.microbatches, rows - rows % self.microbatches)
 
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Every part that works in this stage."""
+        return (
+            self.workload, self.objective, self.optim, self.feed, *self.data, *self.surgery
+        )  # fmt: skip
+
+    @property
+    def trains(self) -> bool:
+        """False for `0step`: the model stays as it starts."""
+        return self.budget.amount > 0
+
+    def node(self) -> Node:
+        """The stage in the graph of its recipe."""
+        return Node(self.name, self.init.stages if self.init else (), _read_by(self.parts))
+
+    def seed(self, root: int) -> int:
+        """The root seed of this stage's random streams in a run with the root seed `root`."""
+        return root if self.reseed == 0 else stream_seed(root, "reseed", self.reseed) % 2**31
+
     def spec(self) -> dict[str, Any]:
         return {
             "name": self.name,
-            "init": {"from": self.init} if self.init else None,
+            "init": self.init.spec() if self.init else None,
+            "reseed": self.reseed,
             "workload": self.workload.spec(),
             "size": self.size.name,
             "objective": self.objective.spec(),
@@ -203,6 +232,10 @@ class Recipe:
     @property
     def last(self) -> Stage:
         return self.stages[-1]
+
+    def charged_to(self) -> dict[str, str | None]:
+        """{stage: ledger cause that carries its whole cost, None for its own causes}."""
+        return charged_to([stage.node() for stage in self.stages], _read_by(self.evaluate))
 
     def spec(self) -> dict[str, Any]:
         """Plain data that `parse_recipe` reads back to an equal recipe."""
@@ -254,8 +287,11 @@ def parse_recipe(data: Mapping[str, Any], *, where: object = None) -> Recipe:
                 mend="- {name: source, budget: 200step}",
             )
     stages = [_parse_stage({**shared, **s}, i, where) for i, s in enumerate(map(dict, listed))]
-    ordered = _in_order(stages, where)
-    recipe = Recipe(ordered, _parse_evaluations(data, ordered[-1], where), str(where or ""))
+    audits = _parse_evaluations(data, stages[-1], where)
+    names = in_order([stage.node() for stage in stages], _read_by(audits), where)
+    by_name = {stage.name: stage for stage in stages}
+    ordered = tuple(by_name[name] for name in names)
+    recipe = Recipe(ordered, audits, str(where or ""))
     reserved = {*recipe.special_tokens(), *(t for s in ordered for t in s.special_tokens)}
     recipe = recipe.with_special_tokens(sorted(reserved))
     for stage in recipe.stages:
@@ -283,16 +319,10 @@ def _parse_stage(data: dict[str, Any], index: int, where: object) -> Stage:
     ):
         if key not in data:
             raise BadInput(f"`{key}` is required", where=where, key=at + key, mend=example)
-    microbatches = data.get("microbatches", 1)
-    if not isinstance(microbatches, int) or isinstance(microbatches, bool) or microbatches < 1:
-        raise BadInput(
-            f"must be a whole number >= 1, got {microbatches!r}",
-            where=where,
-            key=at + "microbatches",
-        )
     return Stage(
         name=name,
-        init=_parse_init(data.get("init"), where, at + "init"),
+        init=parse_init(data.get("init"), where, at + "init"),
+        reseed=_parse_whole(data.get("reseed", 0), 0, where, at + "reseed"),
         workload=parse_part(Workload, data["workload"], where=where, key=at + "workload"),  # type: ignore[type-abstract]
         size=size_named(str(data["size"]), where=where, key=at + "size"),
         objective=parse_part(Objective, data["objective"], where=where, key=at + "objective"),  # type: ignore[type-abstract]
@@ -301,7 +331,7 @@ def _parse_stage(data: dict[str, Any], index: int, where: object) -> Stage:
         data=_parse_list(DataOp, data["data"], where, at + "data"),  # type: ignore[type-abstract]
         surgery=_parse_list(Surgery, data["surgery"], where, at + "surgery"),  # type: ignore[type-abstract]
         budget=Budget.parse(data["budget"], where=where, key=at + "budget"),
-        microbatches=microbatches,
+        microbatches=_parse_whole(data.get("microbatches", 1), 1, where, at + "microbatches"),
         special_tokens=_parse_tokens(data.get("special_tokens", ()), where, at + "special_tokens"),
     )
 
@@ -313,18 +343,16 @@ def _parse_list(kind: type[K], value: object, where: object, key: str) -> tuple[
     )
 
 
+def _parse_whole(value: object, least: int, where: object, key: str) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= least:
+        return value
+    raise BadInput(f"must be a whole number >= {least}, got {value!r}", where=where, key=key)
+
+
 def _parse_tokens(value: object, where: object, key: str) -> tuple[str, ...]:
     if isinstance(value, list | tuple) and all(isinstance(token, str) for token in value):
         return tuple(value)
     raise BadInput(f"must be a list of words, got {value!r}", where=where, key=key, mend='["<x>"]')
-
-
-def _parse_init(value: object, where: object, key: str) -> str | None:
-    if value is None:
-        return None
-    if isinstance(value, Mapping) and set(value) == {"from"} and isinstance(value["from"], str):
-        return value["from"]
-    raise BadInput(f"must name a stage, got {value!r}", where=where, key=key, mend="{from: source}")
 
 
 def _parse_evaluations(data: Mapping[str, Any], last: Stage, where: object) -> tuple[Audit, ...]:
@@ -333,37 +361,16 @@ def _parse_evaluations(data: Mapping[str, Any], last: Stage, where: object) -> t
     return _parse_list(Audit, chosen, where, "evaluate")  # type: ignore[type-abstract]
 
 
-def _in_order(stages: Sequence[Stage], where: object) -> tuple[Stage, ...]:
-    by_name = {stage.name: stage for stage in stages}
-    if len(by_name) != len(stages):
-        raise BadInput("two stages have one name", where=where, key="stages")
-    for stage in stages:
-        if stage.init is not None and stage.init not in by_name:
-            raise BadInput(
-                f"starts from `{stage.init}`, which is no stage of this recipe",
-                where=where,
-                key=f"stages.{stage.name}.init",
-                mend=did_you_mean(stage.init, by_name),
-            )
-    graph = {s.name: [s.init] if s.init else [] for s in stages}
-    try:
-        names = list(TopologicalSorter(graph).static_order())
-    except CycleError as error:
-        cycle = " -> ".join(error.args[1])
-        raise BadInput(
-            f"stages start from each other: {cycle}", where=where, key="stages"
-        ) from None
-    # The last stage written is the recipe's result, so it is moved behind all others.
-    final = stages[-1].name
-    return tuple(by_name[n] for n in [*(n for n in names if n != final), final])
+def _read_by(chosen: Sequence[Part]) -> dict[str, str]:
+    return {name: cause for part in chosen for name, cause in part.reads().items()}
 
 
 def check_fit(stage: Stage, where: object = None) -> None:
     """Refuse parts that cannot work together, with the sentence that says why."""
-    chosen: list[Part] = [stage.objective, stage.optim, stage.feed, *stage.data, *stage.surgery]
-    slugs = {type(part).type for part in chosen}
+    slugs = {type(part).type for part in stage.parts}
     workload = type(stage.workload).type
-    for part in chosen:
+    _check_ensemble(stage, workload, where)
+    for part in stage.parts:
         slug, needs = type(part).type, type(part).needs
         if needs.workloads and workload not in needs.workloads:
             raise BadInput(
@@ -382,6 +389,25 @@ def check_fit(stage: Stage, where: object = None) -> None:
             )
 
 
+def _check_ensemble(stage: Stage, workload: str, where: object) -> None:
+    if stage.init is None or stage.init.kind != "ensemble":
+        return
+    if stage.trains:
+        raise BadInput(
+            "an ensemble is not trained",
+            where=where,
+            key=f"stages.{stage.name}.budget",
+            mend="budget: 0step; to train one model from several, `init: {soup: [...]}`",
+        )
+    if workload != "text/causal":
+        raise BadInput(
+            f"an ensemble averages next-token logits, which `{workload}` has none of",
+            where=where,
+            key=f"stages.{stage.name}.init",
+            mend="workload: text/causal",
+        )
+
+
 # --- digests -------------------------------------------------------------------------------------
 
 FORMAT = 1
@@ -394,8 +420,19 @@ def digest(*facts: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def stage_digest(stage: Stage, corpus: str, seed: int, parent: str | None) -> str:
-    """Identity of a trained stage: its spec, its data's content, its seed and where it started."""
-    spec = {k: v for k, v in stage.spec().items() if k not in ("name", "init")}
+def stage_digest(
+    stage: Stage,
+    corpus: str,
+    seed: int,
+    init: Sequence[str] = (),
+    reads: Mapping[str, str] | None = None,
+) -> str:
+    """Identity of a trained stage: its spec, its data's content, its seed and where it started.
+
+    init: digests of the stages its model is made from. reads: {name: digest} of those it reads.
+    """
+    spec = {k: v for k, v in stage.spec().items() if k not in ("name", "init", "reseed")}
+    kind = stage.init.kind if stage.init else None
+    facts = [spec, corpus, stage.seed(seed), kind, list(init), dict(reads or {})]
     read_by_feed = [key] if (key := stage.feed.digest_key()) else []
-    return digest("stage", spec, corpus, seed, parent, *read_by_feed)
+    return digest("stage", *facts, *read_by_feed)

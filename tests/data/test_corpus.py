@@ -150,6 +150,9 @@ class DropPart:
     def digest_key(self) -> str:
         return f"drop:{self.domain}"
 
+    def reads(self) -> dict[str, str]:
+        return {}
+
     def fit(self, sample: pa.Table, ctx: Any) -> int:
         assert sample.num_rows > 0
         return sample.num_rows

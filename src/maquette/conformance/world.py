@@ -19,10 +19,9 @@ from maquette.recipe import Recipe, parse_recipe
 from maquette.study.execute import (
     Options,
     Trained,
-    _train_stage,
+    evaluation_ctx,
     execute,
-    make_ctx,
-    pick_device,
+    train_stages,
 )
 from maquette.study.models import load_subject
 from maquette.study.store import Store
@@ -130,24 +129,16 @@ class Run:
 
     def trained(self) -> Trained:
         """The last stage's files and how to read them."""
-        done: dict[str, Trained] = {}
-        for stage in self.recipe.stages:
-            parent = done[stage.init] if stage.init else None
-            done[stage.name] = _train_stage(
-                stage, parent, self.seed, self.store, pick_device("cpu"), OPTIONS, "", _ignore
-            )
-        return done[self.recipe.last.name]
+        return self._stages()[self.recipe.last.name]
 
-    def ctx(self, trained: Trained) -> Ctx:
-        """A context as an audit gets it."""
-        ctx = make_ctx(trained.stage, self.seed, self.store, pick_device("cpu"))
-        return replace(ctx, corpus=trained.corpus, tokenizer=trained.corpus.tokenizer)
+    def _stages(self) -> dict[str, Trained]:
+        return train_stages(self.recipe, self.seed, self.store, OPTIONS)
 
     def subject(self) -> tuple[Subject, Trained, Ctx]:
-        """The trained modules, frozen."""
-        trained = self.trained()
-        ctx = self.ctx(trained)
-        return load_subject(trained, ctx), trained, ctx
+        """The trained modules, frozen, and a context as an audit gets it."""
+        done = self._stages()
+        trained = done[self.recipe.last.name]
+        return load_subject(trained), trained, evaluation_ctx(trained, self.seed, done)
 
 
 class Stopped(Exception):
@@ -207,10 +198,6 @@ class World:
         except Stopped:
             return _run(data, seed, store)
         raise AssertionError(f"the run had no step {after}")
-
-
-def _ignore(stage: str, progress: Progress) -> None:
-    """No progress is shown."""
 
 
 def _run(data: Mapping[str, Any], seed: int, store: Store) -> Run:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -57,6 +57,7 @@ class DataOp(Protocol):
     """What `prepare` needs of a data part."""
 
     def digest_key(self) -> str: ...
+    def reads(self) -> Mapping[str, str]: ...
     def fit(self, sample: pa.Table, ctx: Any) -> Any: ...
     def apply(self, batch: pa.RecordBatch, state: Any) -> pa.RecordBatch: ...
 
@@ -217,7 +218,8 @@ def _layers(
     )
     if not ops:
         return base, base
-    key = digest(_FORMAT, base.name, [op.digest_key() for op in ops])
+    read = {name: ctx.stage(name).digest for op in ops for name in op.reads()}
+    key = digest(_FORMAT, base.name, [op.digest_key() for op in ops], *([read] if read else []))
     return base, built_once(cache, f"curated-{key}", lambda to: _curated(base, ops, ctx, to, tell))
 
 

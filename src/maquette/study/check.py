@@ -38,8 +38,12 @@ class StagePlan:
 
 
 def plan(recipe: Recipe, store: Store, options: Options) -> list[StagePlan]:
-    """The plan of every stage. Prepares the corpora (they are cached for the real run)."""
-    return [_plan_stage(stage, store, options) for stage in recipe.stages if stage.init is None]
+    """The plan of every stage that needs no other. Prepares the corpora (cached for the run)."""
+    return [
+        _plan_stage(stage, store, options)
+        for stage in recipe.stages
+        if stage.trains and not stage.node().needs
+    ]
 
 
 def _plan_stage(stage: Stage, store: Store, options: Options) -> StagePlan:
@@ -47,14 +51,16 @@ def _plan_stage(stage: Stage, store: Store, options: Options) -> StagePlan:
     ctx = make_ctx(stage, 0, store, device)
     corpus = stage.workload.prepare(ctx, stage.special_tokens, stage.data)
     ctx = replace(ctx, corpus=corpus, tokenizer=corpus.tokenizer)
-    model = build(stage, corpus, ctx, store.home / "none", None)
+    model = build(stage, corpus, ctx, store.home / "none")
     run, feeder = loop.start(
         stage, corpus, model, ctx, choose_precision_for(options, device), options.settings, None
     )
     batches = feeder.batches(0)
     start = time.perf_counter()
     stage.optim.step(run, batches)
-    seconds = (time.perf_counter() - start) * run.horizon.steps
+    flops = run.horizon.steps * run.horizon.flops_per_step + run.horizon.side_flops
+    # A feed's refreshes are reckoned at the speed of the step.
+    seconds = (time.perf_counter() - start) * flops / run.horizon.flops_per_step
     causes = run.costs.of(batches, stage.objective.phase(run.clock), stage.optim.phase(0))
     price = options.settings.usd_per_hour
     return StagePlan(
@@ -66,7 +72,7 @@ def _plan_stage(stage: Stage, store: Store, options: Options) -> StagePlan:
         length=stage.length,
         steps=run.horizon.steps,
         tokens=run.horizon.steps * sum(b.n_tokens for b in batches),
-        flops=run.horizon.steps * run.horizon.flops_per_step + run.horizon.side_flops,
+        flops=flops,
         flops_by_cause=causes,
         memory=_held_bytes(run),
         seconds=seconds,

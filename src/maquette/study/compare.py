@@ -74,7 +74,7 @@ def compare(
     device = pick_device(options.device)
     for recipe in study.arms.values():
         for stage in recipe.stages:
-            if stage.init is None:  # a later stage may need its parent's tokenizer
+            if not stage.node().needs:  # others need their parents' tokenizers and models
                 ctx = make_ctx(stage, 0, store, device)
                 stage.workload.prepare(ctx, stage.special_tokens, stage.data)
     text = yaml.safe_dump(study.spec(), sort_keys=False)

@@ -8,7 +8,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +19,12 @@ import yaml
 from maquette import atomic
 from maquette.errors import MaquetteError
 from maquette.evaluation.items import SCHEMA, checked, means
-from maquette.parts import Ctx
+from maquette.flow import Ctx, FinishedStage
 from maquette.recipe import Recipe, Stage, digest, stage_digest
 from maquette.study.store import Store
 from maquette.training import checkpoint
 from maquette.training.ledger import Ledger
-from maquette.training.loop import Progress, Settings, train
+from maquette.training.loop import Progress, Settings, leave, train
 
 if TYPE_CHECKING:
     import torch
@@ -48,13 +48,29 @@ class Options:
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished stage: where it lies, and how to get its modules back."""
+    """A finished stage: where it lies, and how to get its modules back.
+
+    ctx: as the stage was trained with; its ledger is not the run's.
+    parents: run folders of the stages it started from. ledger: what it cost.
+    """
 
     digest: str
     folder: Path
     stage: Stage
-    corpus: Corpus
+    ctx: Ctx
+    parents: tuple[Path, ...]
     ledger: Ledger
+
+    @property
+    def corpus(self) -> Corpus:
+        assert self.ctx.corpus is not None
+        return self.ctx.corpus
+
+    def finished(self) -> FinishedStage:
+        """The stage as a part that reads it sees it."""
+        from maquette.study.models import load_subject
+
+        return FinishedStage(self.digest, self.folder, lambda: load_subject(self))
 
 
 def pick_device(name: str) -> torch.device:
@@ -69,10 +85,10 @@ def pick_device(name: str) -> torch.device:
 
 
 def make_ctx(stage: Stage, seed: int, store: Store, device: torch.device) -> Ctx:
-    """The context of a stage before its corpus is known."""
+    """The context of a stage before its corpus is known. seed: the root seed of the whole run."""
     return Ctx(
         device=device,
-        seed=seed,
+        seed=stage.seed(seed),
         cache=store.home / "cache",
         ledger=Ledger(),
         size=stage.size,
@@ -99,50 +115,67 @@ def execute(
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    device = pick_device(options.device)
-    done: dict[str, Trained] = {}
-    for stage in recipe.stages:
-        parent = done[stage.init] if stage.init else None
-        done[stage.name] = _train_stage(stage, parent, seed, store, device, options, arm, on_step)
+    done = train_stages(recipe, seed, store, options, arm=arm, on_step=on_step)
     last = done[recipe.last.name]
     specs = [audit.spec() for audit in recipe.evaluate]
-    name = digest("run", last.digest, specs)
+    read = {name: done[name].digest for audit in recipe.evaluate for name in audit.reads()}
+    name = digest("run", last.digest, specs, read)
     text = yaml.safe_dump({**recipe.spec(), "seed": seed}, sort_keys=False)
     store.plan(name, arm=arm, seed=seed, recipe_yaml=text, study=study)
     with _claimed(store, name) as mine:
         if mine:
-            _evaluate(recipe, seed, store, device, last, list(done.values()), name)
+            _evaluate(recipe, seed, store, done, name)
     return name
+
+
+def train_stages(
+    recipe: Recipe,
+    seed: int,
+    store: Store,
+    options: Options = Options(),
+    *,
+    arm: str = "",
+    on_step: OnStep = lambda stage, progress: None,
+) -> dict[str, Trained]:
+    """Every stage of a recipe, trained now or found in the store; by name, in order."""
+    done: dict[str, Trained] = {}
+    for stage in recipe.stages:
+        done[stage.name] = _train_stage(stage, done, seed, store, options, arm, on_step)
+    return done
 
 
 def _train_stage(
     stage: Stage,
-    parent: Trained | None,
+    done: Mapping[str, Trained],
     seed: int,
     store: Store,
-    device: torch.device,
     options: Options,
     arm: str,
     on_step: OnStep,
 ) -> Trained:
     from maquette.study.models import build, save_final
 
-    stage = _inherit_tokenizer(stage, parent)
+    node = stage.node()
+    init = [done[name] for name in node.init]
+    parents = tuple(parent.folder for parent in init)
+    stage = _inherit_tokenizer(stage, parents)
+    device = pick_device(options.device)
     ctx = make_ctx(stage, seed, store, device)
+    ctx = replace(ctx, stages={name: done[name].finished() for name in node.reads or ()})
     corpus = stage.workload.prepare(ctx, stage.special_tokens, stage.data)
     ctx = replace(ctx, corpus=corpus, tokenizer=corpus.tokenizer)
-    name = stage_digest(stage, corpus.digest, seed, parent.digest if parent else None)
+    started, read = [p.digest for p in init], {n: s.digest for n, s in ctx.stages.items()}
+    name = stage_digest(stage, corpus.digest, seed, started, read)
     folder = store.run_dir(name)
     text = yaml.safe_dump(
-        {**stage.spec(), "seed": seed, "parent": parent.digest if parent else None},
-        sort_keys=False,
+        {**stage.spec(), "seed": seed, "parents": started, "read": read}, sort_keys=False
     )
     store.plan(name, arm=f"{arm}/{stage.name}" if arm else stage.name, seed=seed, recipe_yaml=text)
     with _claimed(store, name) as mine:
         if mine:
             _forget_unbilled(folder)
-            model = build(stage, corpus, ctx, folder, parent.folder if parent else None)
-            outcome = train(
+            model = build(stage, corpus, ctx, folder, parents)
+            outcome = (train if stage.trains else leave)(
                 stage,
                 corpus,
                 model,
@@ -168,7 +201,7 @@ def _train_stage(
     ledger = Ledger.from_dict(
         {"causes": record.ledger, "peak_memory": record.metrics.get("peak_memory", 0)}
     )
-    return Trained(name, folder, stage, corpus, ledger)
+    return Trained(name, folder, stage, replace(ctx, ledger=Ledger()), parents, ledger)
 
 
 def _forget_unbilled(folder: Path) -> None:
@@ -178,13 +211,13 @@ def _forget_unbilled(folder: Path) -> None:
             shutil.rmtree(place)
 
 
-def _inherit_tokenizer(stage: Stage, parent: Trained | None) -> Stage:
+def _inherit_tokenizer(stage: Stage, parents: tuple[Path, ...]) -> Stage:
     """A stage that goes on from another reads with its tokenizer, unless a surgery swaps it."""
-    if parent is None or any(cut.replaces_tokenizer for cut in stage.surgery):
+    if not parents or any(cut.replaces_tokenizer for cut in stage.surgery):
         return stage
     if getattr(stage.workload, "tokenizer", None) is not None:
         return stage
-    folder = str(parent.folder / "model")
+    folder = str(parents[0] / "model")
     return replace(stage, workload=stage.workload.model_copy(update={"tokenizer": folder}))
 
 
@@ -192,26 +225,26 @@ def _evaluate(
     recipe: Recipe,
     seed: int,
     store: Store,
-    device: torch.device,
-    last: Trained,
-    stages: list[Trained],
+    done: Mapping[str, Trained],
     name: str,
 ) -> None:
     from maquette.study.models import load_subject
 
-    ctx = make_ctx(last.stage, seed, store, device)
-    ctx = replace(ctx, corpus=last.corpus, tokenizer=last.corpus.tokenizer)
-    subject = load_subject(last, ctx)
+    last = done[recipe.last.name]
+    ctx = evaluation_ctx(last, seed, done)
+    subject = load_subject(last)
     tables = []
     for audit in recipe.evaluate:
         start = time.perf_counter()
         tables.append(checked(audit.measure(subject, last.corpus, ctx), type(audit).type))
         log.info("%s took %.1f s", type(audit).type, time.perf_counter() - start)
     total = Ledger()
-    for ledger in (*(trained.ledger for trained in stages), ctx.ledger):
-        total.add(ledger)
+    total.add(ctx.ledger)
+    for stage, cause in recipe.charged_to().items():
+        cost = done[stage].ledger
+        total.add(cost.under(cause) if cause else cost)
     warnings: dict[str, str] = {}
-    for trained in stages:
+    for trained in done.values():
         warnings |= store.run(trained.digest).metrics.get("warnings", {})
     items = pa.concat_tables([SCHEMA.empty_table(), *tables], promote_options="default")
     store.finish(
@@ -219,13 +252,19 @@ def _evaluate(
         ledger=total.as_dict()["causes"],
         metrics={
             **{row["metric"]: row["mean"] for row in means(items)},
-            "stages": [trained.digest for trained in stages],
+            "stages": [trained.digest for trained in done.values()],
             "warnings": warnings,
             "peak_memory": total.peak_memory,
         },
         items=items,
-        machine=machine_facts(device),
+        machine=machine_facts(ctx.device),
     )
+
+
+def evaluation_ctx(last: Trained, seed: int, done: Mapping[str, Trained]) -> Ctx:
+    """The context evaluations get: the run's own seed, whatever its stages were reseeded with."""
+    stages = {name: trained.finished() for name, trained in done.items()}
+    return replace(last.ctx, seed=seed, stages=stages, ledger=Ledger())
 
 
 @contextlib.contextmanager

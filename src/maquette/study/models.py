@@ -9,19 +9,23 @@ run folder/
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_model, save_model
 
 from maquette import atomic
 from maquette.data.order import stream_seed
+from maquette.data.tokenizers import content_digest
+from maquette.data.tokenizers import load as load_tokenizer
 from maquette.errors import BadInput
 from maquette.parts import Ctx, Head, State, Subject
 from maquette.recipe import Stage
 from maquette.training import checkpoint
 from maquette.training.attention import use_fast_attention
+from maquette.training.ensemble import LogitMean, soup
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,11 +40,14 @@ def head_of(stage: Stage) -> Head:
 
 
 def build(
-    stage: Stage, corpus: Corpus, ctx: Ctx, folder: Path, parent: Path | None
+    stage: Stage, corpus: Corpus, ctx: Ctx, folder: Path, parents: Sequence[Path] = ()
 ) -> PreTrainedModel:
-    """The model a stage starts from, surgery done; a surgery fitted before is only replayed."""
-    model = _start(stage, corpus, ctx, parent)
-    tokenizer = _start_tokenizer(parent) or corpus.tokenizer
+    """The model a stage starts from, surgery done; a surgery fitted before is only replayed.
+
+    parents: run folders of the stages in `stage.init`.
+    """
+    model = _start(stage, corpus, ctx, parents)
+    tokenizer = load_tokenizer(parents[0] / "model") if parents else corpus.tokenizer
     for i, surgery in enumerate(stage.surgery):
         place = folder / "state" / f"surgery-{i}"
         if place.is_dir():
@@ -60,19 +67,38 @@ def build(
     return model
 
 
-def _start(stage: Stage, corpus: Corpus, ctx: Ctx, parent: Path | None) -> PreTrainedModel:
-    if parent is None:
+def _start(stage: Stage, corpus: Corpus, ctx: Ctx, parents: Sequence[Path]) -> PreTrainedModel:
+    if stage.init is None:
         return stage.workload.build_model(head_of(stage), corpus, ctx)
-    workload = stage.workload.model_copy(update={"model": str(parent / "model")})
-    return workload.build_model(head_of(stage), corpus, ctx)
-
-
-def _start_tokenizer(parent: Path | None) -> Any:
-    if parent is None:
-        return None
-    from maquette.data.tokenizers import load
-
-    return load(parent / "model")
+    key = f"stages.{stage.name}.init"
+    for name, folder in zip(stage.init.stages, parents, strict=True):
+        if not (folder / "model").is_dir():
+            raise BadInput(
+                f"stage `{name}` has no plain model to start from: a part of it cannot be merged "
+                "back, or it is an ensemble",
+                key=key,
+                mend="start from a stage without that surgery; an ensemble can be read, as a "
+                "teacher is",
+            )
+    tokenizers = {content_digest(load_tokenizer(folder / "model")) for folder in parents}
+    if len(tokenizers) > 1:
+        raise BadInput(
+            f"{', '.join(stage.init.stages)} do not share a tokenizer",
+            key=key,
+            mend="give their workloads the same `corpus`, `vocabulary` and `tokenizer`",
+        )
+    models = [
+        stage.workload.model_copy(update={"model": str(folder / "model")}).build_model(
+            head_of(stage), corpus, ctx
+        )
+        for folder in parents
+    ]
+    try:
+        if stage.init.kind == "ensemble":
+            return LogitMean(models)
+        return soup(models) if len(models) > 1 else models[0]
+    except ValueError as error:
+        raise BadInput(str(error), key=key, mend="stages of one workload and size") from None
 
 
 def save_state(folder: Path, state: State) -> None:
@@ -97,7 +123,7 @@ def save_final(
         save_model(model, str(place / "model.safetensors"))
         save_model(extra, str(place / "extra.safetensors"))
         atomic.write_checksums(place)
-    merged: PreTrainedModel | None = model
+    merged: PreTrainedModel | None = None if isinstance(model, LogitMean) else model
     for surgery in reversed(stage.surgery):
         merged = surgery.merge(merged) if merged is not None else None
     if merged is not None:
@@ -108,17 +134,14 @@ def save_final(
         shutil.rmtree(state / checkpoint.name_of(step), ignore_errors=True)
 
 
-def load_subject(trained: Trained, ctx: Ctx) -> Subject:
-    """The trained modules of a finished stage, frozen, on the context's device."""
-    stage, folder = trained.stage, trained.folder
+def load_subject(trained: Trained) -> Subject:
+    """The trained modules of a finished stage, frozen, on the device it was trained on."""
+    stage, folder, ctx = trained.stage, trained.folder, trained.ctx
     final = folder / "state" / "final"
     atomic.recover_dir(final)
     atomic.verify_checksums(final)
-    parent = None
-    if stage.init:
-        # The weights are about to be replaced; only the shapes of the parent's model matter.
-        parent = _parent_of(folder)
-    model = build(stage, trained.corpus, ctx, folder, parent)
+    # The weights are about to be replaced; of the parents' models only the shapes matter.
+    model = build(stage, trained.corpus, ctx, folder, trained.parents)
     torch.manual_seed(stream_seed(ctx.seed, "init", 1) % 2**63)
     extra = stage.objective.build(model, ctx)
     load_model(model, str(final / "model.safetensors"))
@@ -126,13 +149,6 @@ def load_subject(trained: Trained, ctx: Ctx) -> Subject:
     model.to(ctx.device).eval().requires_grad_(False)
     extra.to(ctx.device).eval().requires_grad_(False)
     return Subject(model, trained.corpus.tokenizer, extra, stage.objective)
-
-
-def _parent_of(folder: Path) -> Path:
-    import yaml
-
-    digest = yaml.safe_load((folder / "recipe.yaml").read_text())["parent"]
-    return folder.parent.parent / digest[:2] / digest
 
 
 def export(folder: Path, target: Path) -> None:

@@ -31,7 +31,7 @@ RULES: tuple[Rule, ...] = ("all", "amortised", "train-only")
 
 # Causes that every run pays again, and causes that are paid once and serve many models.
 PER_RUN = ("train", "teacher", "generator")
-ONE_OFF = ("scorer", "rewrite", "probe")
+ONE_OFF = ("helper", "scorer", "rewrite", "probe")
 CAUSES = (*PER_RUN, *ONE_OFF, "evaluation")
 EQUAL_WITHIN = 0.02
 
@@ -261,7 +261,7 @@ def cost(ledger: Ledger, rule: Rule, *, unit: str = "flops", amortise_over: floa
 
     `train-only` counts training alone; `all` counts everything but evaluation; `amortised` counts
     what every run pays (train, teacher, generator) and a share 1 / amortise_over of what is paid
-    once (scorer, rewrite, probe). A cause without the unit counts nothing; see `unmetered`.
+    once (helper, scorer, rewrite, probe). A cause without the unit counts nothing; see `unmetered`.
     """
     shares = _shares(rule, amortise_over)
     _check_causes(ledger)

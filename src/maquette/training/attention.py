@@ -46,28 +46,44 @@ def plain_attention(
         value_BHSD = value_BHSD.repeat_interleave(groups, 1)
     with torch.autocast(kind, enabled=False):
         q, k, v = (x.to(dtype) for x in (query_BHTD, key_BHSD, value_BHSD))
-        scores = torch.matmul(q, k.transpose(2, 3))
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        bias = _bias(mask, causal, scores)
-        scores = scores * scale if bias is None else torch.add(bias, scores, alpha=scale)
-        weights = torch.softmax(scores, -1)
+        weights = torch.softmax(_scores(q, k, _bias(mask, causal, q, k), scale), -1)
         if dropout:
             weights = nn.functional.dropout(weights, dropout)
         return torch.matmul(weights, v)
 
 
-def _bias(mask: Tensor | None, causal: bool, scores: Tensor) -> Tensor | None:
-    lowest = torch.finfo(scores.dtype).min
+def _scores(q_BHTD: Tensor, k_BHSD: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Q K^T * scale + bias in one product, which saves a pass over the scores, (B, H, T, S)."""
+    B, H, T, S = *q_BHTD.shape[:3], k_BHSD.shape[2]
+    if bias is None:
+        base = q_BHTD.new_zeros(1, 1, 1)
+    elif bias.dim() == 2:
+        base = bias
+    else:
+        base = bias.expand(B, H, T, S).flatten(0, 1)
+    scores = torch.baddbmm(
+        base,
+        q_BHTD.flatten(0, 1),
+        k_BHSD.flatten(0, 1).transpose(1, 2),
+        beta=0 if bias is None else 1,
+        alpha=scale,
+    )
+    return scores.view(B, H, T, S)
+
+
+def _bias(mask: Tensor | None, causal: bool, q_BHTD: Tensor, k_BHSD: Tensor) -> Tensor | None:
+    dtype, device = q_BHTD.dtype, q_BHTD.device
+    lowest = torch.finfo(dtype).min
     if mask is not None:
         if mask.dtype == torch.bool:
-            zero = torch.zeros((), dtype=scores.dtype, device=scores.device)
+            zero = torch.zeros((), dtype=dtype, device=device)
             return torch.where(mask, zero, lowest)
-        return mask.to(scores.dtype).clamp(min=lowest)
+        return mask.to(dtype).clamp(min=lowest)
     if not causal:
         return None
-    T, S = scores.shape[-2:]
-    full = torch.full((T, S), lowest, dtype=scores.dtype, device=scores.device)
-    return full.triu(1 + S - T)
+    T, S = q_BHTD.shape[2], k_BHSD.shape[2]
+    return torch.full((T, S), lowest, dtype=dtype, device=device).triu(1 + S - T)
 
 
 def _forward(

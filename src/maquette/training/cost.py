@@ -141,15 +141,17 @@ def plan_horizon(
     tokens_per_step: int,
     *,
     timed_step: Callable[[], Any],
+    steps_per_epoch: float = 1.0,
     usd_per_hour: float | None = None,
     side_flops: Callable[[int], float] | None = None,
 ) -> Horizon:
     """How many optimiser steps the budget buys, from the counted cost of one.
 
     side_flops: FLOPs beside the steps, by the number of steps; FLOPs, minutes and dollars pay for
-    them too. The total lands within half a step of the budget, or as near as a cost that jumps
-    from one number of steps to the next allows. Minutes and dollars are turned into steps by
-    timing a few real passes, once: the horizon is stored, so that a resumed run keeps it.
+    them too. The total lands within half a step of the budget, also where an epoch is no whole
+    number of steps, or as near as side costs that jump between two numbers of steps allow.
+    Minutes and dollars are turned into steps by timing a few real passes, once: the horizon is
+    stored, so that a resumed run keeps it.
     Raises BadInput when the budget is below one step.
     """
     amount, unit = budget.amount, budget.unit
@@ -164,7 +166,12 @@ def plan_horizon(
     if unit == "s":
         cost = _median_seconds(timed_step)
     else:
-        cost = {"step": 1.0, "tok": float(tokens_per_step), "flop": flops_per_step}[unit]
+        cost = {
+            "step": 1.0,
+            "epoch": 1 / steps_per_epoch,
+            "tok": float(tokens_per_step),
+            "flop": flops_per_step,
+        }[unit]
     bought, side = amount / cost, None
     if side_flops is not None and unit in ("flop", "s"):
         # Seconds of refreshes are reckoned at the FLOPs per second of the steps.

@@ -91,15 +91,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
             here = slice(start, start + chunk)
             rows_CD, labels_C = hidden_ND[here], labels_N[here]
             logits_CV = torch.nn.functional.linear(rows_CD, low_VD, low_bias)
-            loss, d_logits = _chunk(logits_CV, labels_C, ignore_index, exact)
-            total = total + loss
+            counts_C1 = (labels_C != ignore_index).to(exact).unsqueeze(1)
+            losses_C1, d_logits = _chunk(logits_CV, labels_C, ignore_index, exact)
+            total = total + (losses_C1 * counts_C1).sum()
+            # Rows that do not count are zeroed in the narrow operands, not in all V columns.
             if d_bias is not None:
-                d_bias += d_logits.sum(0)
-            low_grad = d_logits.to(hidden_ND.dtype)
+                d_bias += torch.mv(d_logits.t(), counts_C1.squeeze(1))
+            low_grad, low_counts = d_logits.to(hidden_ND.dtype), counts_C1.to(hidden_ND.dtype)
             if d_hidden is not None:
                 torch.mm(low_grad, low_VD, out=d_hidden[here])
+                d_hidden[here].mul_(low_counts)
             if d_weight is not None:
-                d_weight += torch.mm(low_grad.t(), rows_CD)
+                d_weight += torch.mm(low_grad.t(), rows_CD * low_counts)
         if d_weight is not None:
             d_weight = d_weight.to(weight_VD.dtype)
         if d_bias is not None and bias_V is not None:
@@ -120,16 +123,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _chunk(
     logits_CV: Tensor, labels_C: Tensor, ignore_index: int, exact: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Summed loss of a chunk of rows, and its gradient with respect to their logits."""
-    counts_C1 = (labels_C != ignore_index).to(exact).unsqueeze(1)
+    """Each row's loss, (C, 1), and its gradient with respect to the row's logits, (C, V).
+
+    A row without a label gets those of class 0.
+    """
     label_C1 = labels_C.masked_fill(labels_C == ignore_index, 0).unsqueeze(1)
-    label_logit = logits_CV.gather(1, label_C1).to(exact)
-    probs_CV = torch.softmax(logits_CV, 1, dtype=exact)
-    # log p is taken at the largest class, where p >= 1/V cannot underflow, and carried to the
-    # label's by the difference of the logits: one pass over V instead of log_softmax and exp.
-    log_prob = label_logit - logits_CV.amax(1, True).to(exact) + probs_CV.amax(1, True).log()
-    probs_CV.scatter_add_(1, label_C1, -torch.ones_like(counts_C1))
-    return -(log_prob * counts_C1).sum(), probs_CV.mul_(counts_C1)
+    highest_C1 = logits_CV.amax(1, True).to(exact)
+    label_logit_C1 = logits_CV.gather(1, label_C1).to(exact)
+    # Spelled out rather than by log_softmax and exp: each is one more pass over V.
+    probs_CV = logits_CV.to(exact, copy=True).sub_(highest_C1).exp_()
+    sums_C1 = probs_CV.sum(1, True)
+    probs_CV.div_(sums_C1).scatter_add_(1, label_C1, -torch.ones_like(sums_C1))
+    return highest_C1 + sums_C1.log() - label_logit_C1, probs_CV
 
 
 def _check(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, bias: Tensor | None) -> None:

@@ -14,9 +14,9 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-CAUSES = ("train", "teacher", "generator", "scorer", "probe", "rewrite", "evaluation")
-TRAINING_CAUSES = ("train", "teacher", "generator", "scorer", "probe", "rewrite")
+TRAINING_CAUSES = ("train", "teacher", "generator", "helper", "scorer", "probe", "rewrite")
 """Causes a FLOP budget pays for: everything but evaluation."""
+CAUSES = (*TRAINING_CAUSES, "evaluation")
 
 
 @dataclass
@@ -72,6 +72,13 @@ class Ledger:
         for cause, entry in other.entries.items():
             self.bill(cause, **asdict(entry))
         self.peak_memory = max(self.peak_memory, other.peak_memory)
+
+    def under(self, cause: str) -> Ledger:
+        """The same costs with all but evaluation billed to one cause."""
+        moved = Ledger(peak_memory=self.peak_memory)
+        for own, entry in self.entries.items():
+            moved.bill("evaluation" if own == "evaluation" else cause, **asdict(entry))
+        return moved
 
     def total(self, unit: str, causes: tuple[str, ...] = CAUSES) -> float:
         return sum(getattr(self.entries[c], unit) for c in causes if c in self.entries)

@@ -227,6 +227,25 @@ def train(
     return _finish(run, feeder, selections, folder)
 
 
+def leave(
+    stage: Stage,
+    corpus: Corpus,
+    model: PreTrainedModel,
+    ctx: Ctx,
+    folder: Path,
+    **unused: Any,
+) -> Outcome:
+    """What `train` gives for a stage of no steps: the modules as they start, nothing billed."""
+    extra = _extra_of(stage, model.to(ctx.device), ctx)
+    MetricsFile(folder / "metrics.jsonl", 0).close()
+    return Outcome(model.eval(), extra.eval(), ctx.ledger, 0, {})
+
+
+def _extra_of(stage: Stage, model: PreTrainedModel, ctx: Ctx) -> nn.ModuleDict:
+    torch.manual_seed(stream_seed(ctx.seed, "init", 1) % 2**63)
+    return stage.objective.build(model, ctx).to(ctx.device)
+
+
 def start(
     stage: Stage,
     corpus: Corpus,
@@ -238,14 +257,13 @@ def start(
 ) -> tuple[LiveRun, Feeder]:
     """The run at its first step, or at the step its checkpoint was saved at."""
     model.to(ctx.device).train()
-    torch.manual_seed(stream_seed(ctx.seed, "init", 1) % 2**63)
-    extra = stage.objective.build(model, ctx).to(ctx.device).train()
+    extra = _extra_of(stage, model, ctx).train()
     run = LiveRun(stage, model, extra, ctx, precision)
     feeder = Feeder(stage, corpus.train, ctx)
     if saved:
         _restore(run, saved)
     else:
-        _plan(run, feeder.batches(0), settings)
+        _plan(run, feeder, settings)
     feeder.steps = run.horizon.steps
     _compile(run, run.compiled if saved else settings.compile)
     run.make_optimizer(run.horizon)
@@ -265,8 +283,9 @@ def _compile(run: LiveRun, mode: str) -> None:
         maybe_compile(run.extra, "on", run_flops=whole, device=run.ctx.device, cache=cache)
 
 
-def _plan(run: LiveRun, batches: Sequence[Batch], settings: Settings) -> None:
+def _plan(run: LiveRun, feeder: Feeder, settings: Settings) -> None:
     """Count a step and set the horizon from it."""
+    batches = feeder.batches(0)
     flops = count_all(run, batches)
     side = count_refreshes(run)
     run.horizon = plan_horizon(
@@ -274,6 +293,7 @@ def _plan(run: LiveRun, batches: Sequence[Batch], settings: Settings) -> None:
         flops,
         sum(batch.n_tokens for batch in batches),
         timed_step=lambda: run.backward(batches),
+        steps_per_epoch=feeder.n_rows / run.stage.rows,
         usd_per_hour=settings.usd_per_hour,
         side_flops=side,
     )

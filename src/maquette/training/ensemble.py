@@ -1,0 +1,90 @@
+"""Several trained models as one: the mean of their logits, or of their weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+
+def check_members(members: Sequence[PreTrainedModel]) -> None:
+    """Raises ValueError for no members, or vocabularies of different sizes."""
+    if not members:
+        raise ValueError("an ensemble needs at least one member")
+    sizes = [member.config.vocab_size for member in members]
+    if len(set(sizes)) > 1:
+        raise ValueError(f"members have different vocabularies: {', '.join(map(str, sizes))}")
+
+
+class LogitMean(PreTrainedModel, GenerationMixin):
+    """Predicts with the mean of the members' logits, in fp32: after the softmax, the normalised
+    geometric mean of their distributions. By convexity of log-sum-exp its loss is at most the
+    mean of theirs.
+
+    members: causal language models of one vocabulary, frozen here.
+    Kim et al., 2025, arXiv:2509.14786, section 4. Raises ValueError as `check_members`.
+    """
+
+    # The members attend, each as it was built; this class runs no attention that could clash.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, members: Sequence[PreTrainedModel]) -> None:
+        check_members(members)
+        super().__init__(copy.deepcopy(members[0].config))
+        self.members = nn.ModuleList(members)
+        self.generation_config = members[0].generation_config
+        self.requires_grad_(False)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **unused: Any
+    ) -> CausalLMOutput:
+        """logits of shape (B, T, V) for input_ids of shape (B, T). No cache is kept."""
+        total = None
+        for member in self.members:
+            out = member(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            logits_BTV = out.logits.float()
+            total = logits_BTV if total is None else total.add_(logits_BTV)
+        assert total is not None
+        return CausalLMOutput(logits=total / len(self.members))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.members[0].get_input_embeddings()  # type: ignore[operator]
+
+    def get_output_embeddings(self) -> None:
+        """None: there is no single head."""
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **given: Any) -> dict[str, Any]:
+        return {"input_ids": input_ids, "attention_mask": given.get("attention_mask")}
+
+
+@torch.no_grad()
+def soup(models: Sequence[PreTrainedModel]) -> PreTrainedModel:
+    """The first model with the mean of all models' weights, summed in fp64.
+
+    Wortsman et al., 2022, arXiv:2203.05482 (uniform soup). Raises ValueError when there is no
+    model, or the shapes differ.
+    """
+    check_members(models)
+    first, *others = [model.state_dict() for model in models]
+    for number, other in enumerate(others, 1):
+        for name in first.keys() | other.keys():
+            shapes = [tuple(w[name].shape) if name in w else None for w in (first, other)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"model {number} differs from model 0 in `{name}`: {shapes[1]}, {shapes[0]}"
+                )
+    # All means before any is stored: tied weights are one tensor under two names.
+    means = {
+        name: sum((other[name].double() for other in others), weight.double()) / len(models)
+        for name, weight in first.items()
+        if weight.is_floating_point()
+    }
+    for name, mean in means.items():
+        first[name].copy_(mean)
+    return models[0]
