@@ -255,7 +255,9 @@ with branch([model], sgd) as now:
     def _setting(self, run: Run) -> tuple[Reference, Pool]:
         corpus, window = _corpus(run), run.objective.window(run.ctx.length)
         reference = reference_rows(self.reference, corpus, window, run.ctx.cache)
-        n_probes = self.common_probes + self._fits() * (self.n_probes - self.common_probes)
+        # As many whatever `refit`, so that its arms have one pool and one first fit.
+        fresh = self.n_probes - self.common_probes
+        n_probes = self.common_probes + (self.stages - 1) * fresh
         n_rows = corpus.train.n_tokens // window
         return reference, make_pool(run.ctx.seed, n_rows, reference.excluded, n_probes)
 
