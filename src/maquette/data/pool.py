@@ -10,9 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maquette.data.order import rows_at
+from maquette.data.packing import PackedTokens
 from maquette.errors import BadInput
 
 Rows = NDArray[np.int64]
+SHOWN_DOMAINS = 12
 
 
 @dataclass(frozen=True)
@@ -101,3 +103,18 @@ class Stages:
                     mend="more text, a larger rho, a smaller budget, or `unselected: return`",
                 )
             gone += size if self.unselected == "discard" else k
+
+
+def chosen_domains(
+    tokens: PackedTokens, length: int, candidates: Rows, chosen: Rows
+) -> dict[str, list[float]]:
+    """{domain: [share of the candidates, share of the chosen]} of the domains chosen most.
+
+    A row of `length` tokens is of the domain that its first token is of.
+    """
+    shares = []
+    for rows in (candidates, chosen):
+        counts = np.bincount(tokens.domains_at(rows * length), minlength=len(tokens.domains))
+        shares.append(counts / counts.sum())
+    most = np.argsort(-shares[1], kind="stable")[:SHOWN_DOMAINS]
+    return {tokens.domains[i]: [round(float(share[i]), 6) for share in shares] for i in most}

@@ -34,6 +34,8 @@ from maquette.training.influence_models import (
 )
 from maquette.training.ledger import Ledger, Repeated
 
+ROWS_AT_ONCE = 4096
+
 
 @dataclass(frozen=True)
 class Fold:
@@ -99,10 +101,14 @@ class TfidfInfluence(InfluenceModel):
     def predict(self, ids_NT: np.ndarray) -> Array:
         if self.model is None:
             raise ValueError("the influence model is not fitted; call fit or load first")
-        start = time.perf_counter()
-        predicted, operations = self.model.predict(self._counts(ids_NT))
-        self._bill(operations, start)
-        return predicted
+        found = [np.empty(0)]
+        for first in range(0, len(ids_NT), ROWS_AT_ONCE):  # a whole window would fill memory
+            start = time.perf_counter()
+            counts = self._counts(ids_NT[first : first + ROWS_AT_ONCE])
+            predicted, operations = self.model.predict(counts)
+            self._bill(operations, start)
+            found.append(predicted)
+        return np.concatenate(found)
 
     def tensors(self) -> dict[str, Tensor]:
         if self.model is None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from maquette.data.corpus import Corpus
-from maquette.data.pool import Pool, Stages, make_pool
+from maquette.data.pool import Pool, Stages, chosen_domains, make_pool
 from maquette.data.reference import Reference, ReferenceSpec, reference_rows, refuse_overlap
 from maquette.data.sampling import gumbel_top_k, standardised
 from maquette.errors import BadInput, RunFailed
@@ -33,7 +33,6 @@ Array = NDArray[np.float64]
 Rows = NDArray[np.int64]
 LITTLE_SIGNAL = 0.1
 """Validation Spearman below which the report warns."""
-SHOWN_DOMAINS = 12
 
 
 def labels(losses_N: Array, n_train: int) -> Array:
@@ -229,7 +228,8 @@ with branch([model], sgd) as now:
             facts["chosen_by"] = "influence"
             facts["predicted_mean_of_chosen"] = float(predicted[chosen].mean())
         facts |= {"stage": stage, "candidates": len(window), "rows": k}
-        facts["domains"] = _shares(run, window, window[chosen])
+        length = run.objective.window(run.ctx.length)
+        facts["domains"] = chosen_domains(_corpus(run).train, length, window, window[chosen])
         return Selection(window[chosen], facts=facts, warnings=warnings, state=state)
 
     def side_flops(self, run: Run) -> Callable[[int], float]:
@@ -321,19 +321,6 @@ def _corpus(run: Run) -> Corpus:
 def _theta(state: State) -> dict[str, torch.Tensor]:
     found = state.tensors.items()
     return {k.removeprefix("theta."): v for k, v in found if k.startswith("theta.")}
-
-
-def _shares(run: Run, window: Rows, chosen: Rows) -> dict[str, list[float]]:
-    """{domain: [share of the candidates, share of the chosen]} of the domains chosen most."""
-    tokens = _corpus(run).train
-    length = run.objective.window(run.ctx.length)
-    both = [
-        np.bincount(tokens.domains_at(rows * length), minlength=len(tokens.domains))
-        for rows in (window, chosen)
-    ]
-    shares = np.stack([counts / counts.sum() for counts in both], axis=1)
-    most = np.argsort(-shares[:, 1], kind="stable")[:SHOWN_DOMAINS]
-    return {tokens.domains[i]: [round(float(x), 6) for x in shares[i]] for i in most}
 
 
 def _little_signal(found: float | None, least: float) -> str:
