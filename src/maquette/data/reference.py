@@ -65,6 +65,9 @@ class Reference:
 def reference_rows(spec: ReferenceSpec, corpus: Corpus, window: int, cache: Path) -> Reference:
     """The reference of a run on `corpus` with rows of `window` tokens; the same for every seed.
 
+    Whole documents are chosen by a keyed order, about one per row, and rows among their tokens.
+    Of the training part at most a quarter of the domains' documents is set aside, or half where a
+    quarter is shorter than the rows.
     Raises BadInput when no domain matches or the text is shorter than a row.
     """
     source = corpus
@@ -72,25 +75,34 @@ def reference_rows(spec: ReferenceSpec, corpus: Corpus, window: int, cache: Path
         tokenizer = TokenizerSpec(type=str(corpus.tokenizer_folder))
         source = prepare(spec.corpus, tokenizer, cache=cache, held_out_fraction=0.0)
     tokens = source.train
-    starts = _row_starts(tokens, spec, window)
-    order = permute(np.arange(len(starts)), len(starts), stream_seed(0, "reference"))
-    starts = np.sort(starts[order[: spec.rows]])
-    touched = _documents_of(tokens, starts, window)
-    ranges = _ranges(tokens.doc_starts[touched], tokens.doc_starts[touched + 1], window)
-    n_rows = corpus.train.n_tokens // window
-    excluded = ranges[ranges < n_rows] if source is corpus else np.empty(0, np.int64)
+    documents = _chosen(tokens, spec, window, apart=source is corpus)
+    ids = np.concatenate([tokens.document(int(i)) for i in documents])
+    lengths = tokens.doc_starts[documents + 1] - tokens.doc_starts[documents]
+    owner = np.repeat(np.arange(len(documents)), lengths)
+    n = len(ids) // window
+    if n < 1:
+        raise BadInput(
+            f"the reference holds {len(ids)} tokens, one row takes {window}",
+            key="reference",
+            mend="more text, or further domains",
+        )
+    rows = np.sort(permute(np.arange(n), n, stream_seed(0, "reference rows"))[: spec.rows])
+    places = rows[:, None] * window + np.arange(window)
+    excluded = np.empty(0, np.int64)
+    if source is corpus:
+        whole = corpus.train.n_tokens // window
+        starts, stops = tokens.doc_starts[documents], tokens.doc_starts[documents + 1]
+        excluded = _rows_of(starts, stops, window)
+        excluded = excluded[excluded < whole]
+    segments = owner[places]
     return Reference(
-        tokens.windows(starts, window),
-        tokens.segments(starts, window),
-        np.asarray(tokens.doc_row[touched]),
-        source,
-        excluded,
+        ids[places], segments - segments[:, :1], tokens.doc_row[documents], source, excluded
     )
 
 
-def _row_starts(tokens: PackedTokens, spec: ReferenceSpec, window: int) -> np.ndarray:
-    """First tokens of all whole rows that lie within a domain of the reference."""
-    named = [d for d in tokens.domains if not spec.domains or matches(d, spec.domains)]
+def _chosen(tokens: PackedTokens, spec: ReferenceSpec, window: int, apart: bool) -> np.ndarray:
+    """Documents of the reference in a keyed order. apart: they are lost to the training part."""
+    named = [i for i, d in enumerate(tokens.domains) if matches(d, spec.domains or ("*",))]
     if not named:
         shown = ", ".join(tokens.domains[:8])
         raise BadInput(
@@ -98,32 +110,22 @@ def _row_starts(tokens: PackedTokens, spec: ReferenceSpec, window: int) -> np.nd
             key="reference.domains",
             mend="name domains of the corpus, or globs of them",
         )
-    ranges = [tokens.domain_tokens[name] for name in named]
-    starts = np.concatenate([np.arange(a, b - window + 1, window) for a, b in ranges])
-    if not len(starts):
-        raise BadInput(
-            f"the reference holds {sum(b - a for a, b in ranges)} tokens, one row takes {window}",
-            key="reference",
-            mend="more text, or further domains",
-        )
-    return starts
+    found = np.flatnonzero(np.isin(tokens.doc_domain, named))
+    n = len(found)
+    found = found[permute(np.arange(n), n, stream_seed(0, "reference"))]
+    held = np.cumsum(tokens.doc_starts[found + 1] - tokens.doc_starts[found])
+    enough = int(np.searchsorted(held, spec.rows * window)) + 1
+    wanted, most = (min(spec.rows, n // 4), n // 2) if apart else (min(spec.rows, n), n)
+    return found[: max(1, min(max(wanted, enough), most))]
 
 
-def _documents_of(tokens: PackedTokens, starts: np.ndarray, window: int) -> np.ndarray:
-    first = np.searchsorted(tokens.doc_starts, starts, side="right") - 1
-    last = np.searchsorted(tokens.doc_starts, starts + window - 1, side="right") - 1
-    return _spans(first, last + 1)
-
-
-def _ranges(starts: np.ndarray, stops: np.ndarray, window: int) -> np.ndarray:
-    """Rows that hold a token of one of the ranges [start, stop)."""
-    return _spans(starts // window, -(-stops // window))
-
-
-def _spans(first: np.ndarray, stop: np.ndarray) -> np.ndarray:
-    """The union of the ranges [first, stop), ascending."""
-    spans = [np.arange(a, b, dtype=np.int64) for a, b in zip(first, stop, strict=True)]
-    return np.unique(np.concatenate([np.empty(0, np.int64), *spans]))
+def _rows_of(starts: np.ndarray, stops: np.ndarray, window: int) -> np.ndarray:
+    """Rows that hold a token of one of the ranges [start, stop), ascending."""
+    spans = [
+        np.arange(a // window, -(-b // window), dtype=np.int64)
+        for a, b in zip(starts, stops, strict=True)
+    ]
+    return np.unique(np.concatenate(spans))
 
 
 def refuse_overlap(reference: Reference, corpus: Corpus) -> None:
