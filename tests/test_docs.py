@@ -12,6 +12,7 @@ from maquette import conformance, parts
 from maquette.cli import app
 from maquette.recipe import RECIPE_KEYS, SIZES, parse_recipe
 from maquette.study.study import STUDY_KEYS, parse_study
+from maquette.study.tuning import Tuning
 
 ROOT = Path(__file__).parents[1]
 GUIDES = [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -41,6 +42,8 @@ def test_every_study_and_recipe_that_is_shown_parses(guide):
         data = yaml.safe_load(block)
         if "question" in data:
             parse_study(data, name=guide)
+        elif "tune" in data:
+            Tuning.model_validate(data["tune"])
         elif "arms" not in data:
             parse_recipe(data)
 

@@ -113,13 +113,14 @@ def _part_text(cls: type[parts.Part]) -> str:
 
 
 def _stored(name: str, home: Path | None) -> tuple[dict[str, Any], str]:
-    from maquette.study.store import INDEX, Store, default_home
+    from maquette.study import index
+    from maquette.study.store import Store, default_home
     from maquette.study.study import built_in
 
     place = home or default_home()
     # Without a store a misspelt method is still that, and not a missing store.
     kinds: tuple[Literal["run", "study"], ...] = ("run", "study")
-    for kind in kinds if (place / INDEX).is_file() else ():
+    for kind in kinds if (place / index.NAME).is_file() else ():
         store = Store(place, read_only=True)
         try:
             digest = store.find(name, kind)

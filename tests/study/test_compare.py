@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -62,6 +63,68 @@ def test_the_report_is_written_in_three_forms_that_agree(answered):
     assert result.verdicts["fast"].sentence in result.paths["md"].read_text()
     assert "fast helps" in result.paths["html"].read_text()
     assert store.study_dir(study.digest) in result.paths["html"].parents
+
+
+def tuned_data(world, **over):
+    workload = world.workload("text/causal", dev_fraction=0.2)
+    tune = {"trials": 3, "over": {"optim.learning_rate": 10}}
+    return data(world, workload=workload, tune=tune, **over)
+
+
+def test_tuning_gives_every_arm_its_trials_on_dev_and_the_verdict_the_chosen_values(world):
+    study = parse_study(tuned_data(world), name="tuned")
+    store = world.store("tuned")
+    result = compare(study, store, OPTIONS)
+    plain = json.loads(result.paths["json"].read_text())
+    assert plain["digest"] == study.digest == result.study.digest
+    assert not any("untuned" in warning for warning in plain["warnings"])
+    by_arm = {arm["arm"]: arm for arm in plain["tuning"]}
+    for arm, rate in (("slow", 1e-5), ("fast", 1e-2)):
+        tried = sorted(t["values"][0] for t in by_arm[arm]["trials"])
+        assert tried == pytest.approx([rate / 10, rate, rate * 10])
+        best = min(by_arm[arm]["trials"], key=lambda t: t["score"])
+        assert by_arm[arm]["best"] == best["values"]
+        assert by_arm[arm]["flops"] > 0
+    chosen = result.study.arms["slow"].last.optim.learning_rate
+    assert chosen == pytest.approx(1e-4)  # ten steps want as much as they can get
+    dev, held = (
+        {item for run in runs for item in store.items(run.digest)["item"].to_pylist()}
+        for runs in _by_use(store, study)
+    )
+    assert dev
+    assert not dev & held
+
+
+def _by_use(store, study):
+    everything = [r for r in store.list_runs() if "bits-per-byte" in r.metrics]
+    own = {r.digest for r in store.list_runs(study.digest)}
+    return (
+        [r for r in everything if r.digest not in own],
+        [r for r in everything if r.digest in own],
+    )
+
+
+@pytest.mark.parametrize(
+    ("over", "key"),
+    [
+        ({"tune": {"over": {"optim.learning_rate": 0.5}}}, "tune.over"),
+        ({"tune": {"over": {"objective": 2}}}, "tune.over.objective"),
+        ({"tune": {"over": {"budget": 2}, "arms": {"fsat": {}}}}, "tune.arms.fsat"),
+        ({"tune": {"over": {"budget": 2}, "seed": 1}}, "tune.seed"),
+        ({"tune": {"trails": 3}}, "tune"),
+        ({"tune": 3}, "tune"),
+    ],
+)
+def test_a_tuning_that_cannot_be_done_is_refused(world, over, key):
+    with pytest.raises(BadInput) as caught:
+        parse_study(tuned_data(world) | over, name="tuned")
+    assert caught.value.key.startswith(key)
+
+
+def test_tuning_without_a_dev_part_is_refused(world):
+    with pytest.raises(BadInput) as caught:
+        parse_study(data(world, tune={"over": {"budget": 2}}), name="tuned")
+    assert caught.value.key == "workload.dev_fraction"
 
 
 def test_every_run_is_stored_with_its_bill_and_items(answered):
@@ -151,6 +214,31 @@ def test_two_processes_on_one_study_both_succeed_and_agree(world, tmp_path):
     assert answers[0]["verdicts"]["fast"]["word"] == "helps"
     runs = Store(tmp_path).list_runs(answers[0]["digest"])
     assert len(runs) == 6
+
+
+def test_workers_end_with_the_process_that_started_them(world, tmp_path):
+    (tmp_path / "cache").symlink_to(world.folder / "cache", target_is_directory=True)
+    path = tmp_path / "rates.yaml"
+    path.write_text(yaml.safe_dump(data(world, budget="100000step")))
+    command = [sys.executable, "-m", "maquette", "compare", str(path), "--on", "local:2"]
+    command += ["--home", str(tmp_path), "--device", "cpu"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as parent:
+        store = _wait(lambda: (tmp_path / "index.sqlite").exists() and Store(tmp_path))
+        assert store
+        _wait(lambda: store.list_runs(status="running"))
+        parent.kill()
+    # A claim whose process is dead can be taken; one of a living orphan cannot.
+    waiting = [run.digest for run in store.list_runs(status="running")]
+    assert waiting
+    assert _wait(lambda: all(store.claim(digest, "test") for digest in waiting))
+
+
+def _wait(holds, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not (found := holds()):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    return found
 
 
 # --- export --------------------------------------------------------------------------------------

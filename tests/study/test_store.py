@@ -21,7 +21,8 @@ import pytest
 
 from maquette import atomic
 from maquette.errors import BadInput, RunFailed
-from maquette.study.store import SCHEMA_VERSION, Store, default_home
+from maquette.study.index import SCHEMA_VERSION
+from maquette.study.store import Store, default_home
 
 A, B, STUDY = "aa11bb22cc33", "ab99ff00ee11", "5511223344"
 ITEMS = pa.table({"metric": ["m"], "item": ["i"], "value": [0.1 + 0.2], "weight": [1.0]})
@@ -314,7 +315,7 @@ def test_a_claim_from_elsewhere_lives_by_its_heartbeat(tmp_path: Path) -> None:
     assert store.claim(A, "there")
 
     def elsewhere(age: float) -> None:
-        with sqlite3.connect(store.index) as db:
+        with sqlite3.connect(store.index.path) as db:
             db.execute("UPDATE claims SET place='other|boot|ns', heartbeat=?", (time.time() - age,))
         db.close()
 
@@ -329,7 +330,7 @@ def test_a_claim_from_elsewhere_lives_by_its_heartbeat(tmp_path: Path) -> None:
 def test_a_reused_process_id_is_not_the_process_that_died(store: Store) -> None:
     plan(store)
     assert store.claim(A, "old")
-    with sqlite3.connect(store.index) as db:
+    with sqlite3.connect(store.index.path) as db:
         db.execute("UPDATE claims SET born='1', pid=?", (os.getppid(),))
     db.close()
     assert store.claim(A, "new")
@@ -448,20 +449,20 @@ def test_rebuilding_keeps_living_claims_and_skips_broken_folders(store: Store) -
 def test_a_damaged_index_is_reported_with_its_mend(store: Store) -> None:
     for i in range(50):
         plan(store, f"{i:04d}abcd")
-    data = bytearray(store.index.read_bytes())
+    data = bytearray(store.index.path.read_bytes())
     for page in range(1, len(data) // 4096):
         data[page * 4096 : page * 4096 + 2048] = b"\xff" * 2048
-    store.index.write_bytes(data)
+    store.index.path.write_bytes(data)
     with pytest.raises(BadInput, match="damaged") as caught:
         Store(store.home)
     assert "rebuilds" in str(caught.value)
-    store.index.write_bytes(b"this is no database at all" * 100)
+    store.index.path.write_bytes(b"this is no database at all" * 100)
     with pytest.raises(BadInput, match="damaged"):
         Store(store.home)
 
 
 def test_a_store_of_a_newer_version_is_refused_and_left_alone(store: Store) -> None:
-    with sqlite3.connect(store.index) as db:
+    with sqlite3.connect(store.index.path) as db:
         db.execute(f"PRAGMA user_version={SCHEMA_VERSION + 6}")
     db.close()
     for read_only in (False, True):

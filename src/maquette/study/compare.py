@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import datetime
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pyarrow as pa
 import yaml
 
 import maquette
+from maquette.recipe import Recipe
 from maquette.study import report as reporting
 from maquette.study.execute import Options, make_ctx, pick_device
 from maquette.study.pool import Task, TaskDone, run_tasks
@@ -21,11 +23,13 @@ from maquette.study.records import RunRecord
 from maquette.study.statistics import MIN_SEEDS, Paired, paired
 from maquette.study.store import Store
 from maquette.study.study import Study
+from maquette.study.tuning import DEV, Tuned, tune
 from maquette.study.verdict import (
     Charge,
     Verdict,
     charged,
     charging_sentence,
+    cost,
     judge,
     resolve_smallest_effect,
     rules_disagree,
@@ -79,6 +83,9 @@ def compare(
                 stage.workload.prepare(ctx, stage.special_tokens, stage.data)
     text = yaml.safe_dump(study.spec(), sort_keys=False)
     store.save_study(study.digest, text, "running", name=study.name)
+    tuned = _tune(study, store, options, workers, on_progress, on_done)
+    chosen = {name: arm.recipe for name, arm in tuned.items()}
+    study = replace(study, arms={**study.arms, **chosen}, registered=study.digest)
     # Seed by seed, so that a study that is stopped early has whole pairs.
     tasks = [
         Task(arm, seed, study.arms[arm], study.digest) for seed in study.seeds for arm in study.arms
@@ -86,12 +93,48 @@ def compare(
     outcomes = run_tasks(tasks, store, options, workers, on_progress, on_done)
     arms = {name: _collect(name, outcomes, store) for name in study.arms}
     verdicts = _judge_all(study, arms)
-    built = _report(study, arms, verdicts, store)
+    built = _report(study, arms, verdicts, store, tuned)
     paths = reporting.render(built, store.study_dir(study.digest))
     for arm, verdict in verdicts.get(study.metric.name, {}).items():
         store.save_verdict(study.digest, arm, verdict.model_dump(mode="json"))
     store.save_study(study.digest, text, "done", name=study.name)
     return Comparison(study, verdicts.get(study.metric.name, {}), built, paths)
+
+
+def _tune(
+    study: Study,
+    store: Store,
+    options: Options,
+    workers: int,
+    on_progress: Callable[[Task, Progress], None],
+    on_done: Callable[[TaskDone], None],
+) -> dict[str, Tuned]:
+    """Every arm with the values its trials chose; empty for a study that does not tune."""
+    tuning = study.tune
+    if tuning is None:
+        return {}
+    metric = study.metric.name
+    found = {}
+    for arm, recipe in study.arms.items():
+        records: list[RunRecord] = []
+
+        def run(
+            recipes: Sequence[Recipe], arm: str = arm, records: list[RunRecord] = records
+        ) -> list[float]:
+            tasks = [Task(f"{arm} (trial)", tuning.seed, r, part=DEV) for r in recipes]
+            ended = run_tasks(tasks, store, options, workers, on_progress, on_done)
+            scores = []
+            for done in ended:
+                record = store.run(done.digest) if done.digest else None
+                records.extend([record] if record else [])
+                scores.append(record.metrics[metric] if record else math.nan)
+            return scores
+
+        direction = study.direction(metric)
+        best = tune(recipe, arm, tuning, run, direction=direction, where=study.where or None)
+        spent = math.fsum(cost(record.ledger, "all") for record in records)
+        found[arm] = replace(best, flops=spent)
+    return found
 
 
 def _collect(name: str, outcomes: Sequence[TaskDone], store: Store) -> ArmRuns:
@@ -152,6 +195,7 @@ def _report(
     arms: dict[str, ArmRuns],
     verdicts: dict[str, dict[str, Verdict]],
     store: Store,
+    tuned: Mapping[str, Tuned],
 ) -> reporting.Report:
     primary = study.metric.name
     views = [_arm_view(study, runs, verdicts, store) for runs in arms.values()]
@@ -189,6 +233,21 @@ def _report(
         warnings=warnings,
         rerun=_rerun(study),
         charging=charges,
+        tuning=[_tuning_view(arm) for arm in tuned.values()],
+    )
+
+
+def _tuning_view(arm: Tuned) -> reporting.TunedArm:
+    return reporting.TunedArm(
+        arm=arm.arm,
+        keys=list(arm.keys),
+        best=list(arm.search.best),
+        certified=arm.search.certified,
+        flops=arm.flops,
+        trials=[
+            reporting.Trial(values=list(point), score=score)
+            for point, score in arm.search.scores.items()
+        ],
     )
 
 
@@ -259,10 +318,11 @@ def _warnings(study: Study, arms: dict[str, ArmRuns]) -> list[str]:
             found.append(f"{runs.name}, {len(seeds)} of {len(runs.records)} runs: {example}")
         if runs.failures:
             found.append(f"{runs.name}: {len(runs.failures)} run(s) failed")
-    found.append(
-        "untuned: every arm ran with its default hyper-parameters; neither the baseline nor the "
-        "method had its learning rate searched"
-    )
+    if study.tune is None:
+        found.append(
+            "untuned: every arm ran with its default hyper-parameters; neither the baseline nor "
+            "the method had its learning rate searched"
+        )
     return found
 
 

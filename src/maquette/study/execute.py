@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 30.0
+HELD_OUT = "held_out"
 OnStep = Callable[[str, Progress], None]
 
 
@@ -105,10 +106,12 @@ def execute(
     *,
     arm: str = "",
     study: str | None = None,
+    part: str = HELD_OUT,
     on_step: OnStep = lambda stage, progress: None,
 ) -> str:
     """Run what is not yet in the store; returns the digest of the run, whose items are there.
 
+    part: of the corpus, on which the model is evaluated.
     Raises RunFailed when training fails; what was stored before stays.
     """
     import torch
@@ -119,12 +122,13 @@ def execute(
     last = done[recipe.last.name]
     specs = [audit.spec() for audit in recipe.evaluate]
     read = {name: done[name].digest for audit in recipe.evaluate for name in audit.reads()}
-    name = digest("run", last.digest, specs, read)
+    scored_on = [] if part == HELD_OUT else [part]
+    name = digest("run", last.digest, specs, read, *scored_on)
     text = yaml.safe_dump({**recipe.spec(), "seed": seed}, sort_keys=False)
     store.plan(name, arm=arm, seed=seed, recipe_yaml=text, study=study)
     with _claimed(store, name) as mine:
         if mine:
-            _evaluate(recipe, seed, store, done, name)
+            _evaluate(recipe, seed, store, done, name, part)
     return name
 
 
@@ -227,16 +231,18 @@ def _evaluate(
     store: Store,
     done: Mapping[str, Trained],
     name: str,
+    part: str,
 ) -> None:
     from maquette.study.models import load_subject
 
     last = done[recipe.last.name]
     ctx = evaluation_ctx(last, seed, done)
     subject = load_subject(last)
+    corpus = _scored_on(last.corpus, part)
     tables = []
     for audit in recipe.evaluate:
         start = time.perf_counter()
-        tables.append(checked(audit.measure(subject, last.corpus, ctx), type(audit).type))
+        tables.append(checked(audit.measure(subject, corpus, ctx), type(audit).type))
         log.info("%s took %.1f s", type(audit).type, time.perf_counter() - start)
     total = Ledger()
     total.add(ctx.ledger)
@@ -259,6 +265,14 @@ def _evaluate(
         items=items,
         machine=machine_facts(ctx.device),
     )
+
+
+def _scored_on(corpus: Corpus, part: str) -> Corpus:
+    """The corpus with this part in the place of the held-out one."""
+    if part == HELD_OUT:
+        return corpus
+    corpus.part(part)  # it must have been split off
+    return replace(corpus, parts={**corpus.parts, HELD_OUT: corpus.parts[part]})
 
 
 def evaluation_ctx(last: Trained, seed: int, done: Mapping[str, Trained]) -> Ctx:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -13,19 +15,20 @@ from typing import Any
 
 from maquette.errors import BadInput, MaquetteError, RunFailed
 from maquette.recipe import Recipe, parse_recipe
-from maquette.study.execute import Options, execute
+from maquette.study.execute import HELD_OUT, Options, execute
 from maquette.study.store import Store
 from maquette.training.loop import Progress
 
 
 @dataclass(frozen=True)
 class Task:
-    """One run of a study."""
+    """One run of a study. part: of the corpus, on which its model is evaluated."""
 
     arm: str
     seed: int
     recipe: Recipe
     study: str | None = None
+    part: str = HELD_OUT
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ def _run_here(task: Task, store: Store, options: Options, on_progress: OnProgres
             options,
             arm=task.arm,
             study=task.study,
+            part=task.part,
             on_step=lambda stage, progress: on_progress(task, progress),
         )
         return TaskDone(task, digest)
@@ -102,6 +106,7 @@ def _run_spread(
                 replace(options, threads=threads),
                 task.arm,
                 task.study,
+                task.part,
             ): i
             for i, task in enumerate(tasks)
         }
@@ -133,12 +138,23 @@ _told: Any = None
 def _start_worker(threads: int, told: Any) -> None:
     global _told
     _told = told
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     import torch
 
     torch.set_num_threads(threads)
     from maquette import parts
 
     parts.load_all()
+
+
+def _end_with(parent: int) -> None:
+    """End this worker once its parent is gone: an orphan would go on training and hold its claim.
+
+    What it had not saved is done again by whoever claims the run next, to the same bits.
+    """
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 def _work(
@@ -149,6 +165,7 @@ def _work(
     options: Options,
     arm: str,
     study: str | None,
+    part: str,
 ) -> tuple[str | None, str | None]:
     last_told = -1
 
@@ -163,7 +180,10 @@ def _work(
     store = Store(Path(home), check=False)
     try:
         recipe = parse_recipe(spec)
-        return execute(recipe, seed, store, options, arm=arm, study=study, on_step=tell), None
+        digest = execute(
+            recipe, seed, store, options, arm=arm, study=study, part=part, on_step=tell
+        )
+        return digest, None
     except RunFailed as error:
         return None, str(error)
     except MaquetteError:

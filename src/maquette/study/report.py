@@ -99,6 +99,26 @@ class Arm(_Part):
     diagnostics: list[Diagnostic] = Field(default_factory=list)
 
 
+class Trial(_Part):
+    """One trial of an arm: a value per tuned key, and the metric on `dev`; None if it failed."""
+
+    values: list[float]
+    score: Number
+
+
+class TunedArm(_Part):
+    """How an arm's values were found. certified: every neighbour of `best` was run, none better.
+    flops: what the trials cost; no arm's ledger holds it.
+    """
+
+    arm: str
+    keys: list[str]
+    best: list[float]
+    certified: bool
+    trials: list[Trial]
+    flops: Number
+
+
 class Report(_Part):
     """Everything a report shows. created: ISO date; arms: the baseline among them."""
 
@@ -117,6 +137,7 @@ class Report(_Part):
     warnings: list[str] = Field(default_factory=list)
     rerun: list[str] = Field(default_factory=list)
     charging: list[Charge] = Field(default_factory=list)
+    tuning: list[TunedArm] = Field(default_factory=list)
 
 
 def _check(report: Report | Mapping[str, Any]) -> Report:
@@ -316,6 +337,7 @@ def _context(report: Report) -> dict[str, Any]:
         "charging_notes": _charging_notes(report),
         "units": UNITS,
         "n": number,
+        "quantity": quantity,
     }
 
 

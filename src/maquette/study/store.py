@@ -7,21 +7,17 @@
 
 Several processes may use one store at once. A run is computed by whoever claims its digest; the
 claim of a process that died, or that stopped sending heartbeats from elsewhere, can be taken over.
-WAL needs a file system with shared memory, so processes of different machines must not write to
-one index over a network file system at the same time.
 """
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import errno
 import json
 import os
 import re
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +27,7 @@ import pyarrow as pa
 from maquette import atomic
 from maquette.errors import BadInput, RunFailed
 from maquette.study.alive import birth_mark, is_mine, this_place
+from maquette.study.index import Index
 from maquette.study.records import (
     RunRecord,
     Status,
@@ -42,27 +39,7 @@ from maquette.study.records import (
     study_record,
 )
 
-SCHEMA_VERSION = 1
 STALE_AFTER = 300.0  # seconds without a heartbeat after which a claim from elsewhere is dead
-BUSY_SECONDS = 30.0
-INDEX = "index.sqlite"
-
-SCHEMA = """
-CREATE TABLE studies (
-    digest TEXT PRIMARY KEY, name TEXT NOT NULL, status TEXT NOT NULL, yaml TEXT NOT NULL,
-    created REAL NOT NULL, verdicts TEXT NOT NULL DEFAULT '{}');
-CREATE TABLE runs (
-    digest TEXT PRIMARY KEY, arm TEXT NOT NULL, seed INTEGER NOT NULL,
-    status TEXT NOT NULL CHECK (status IN ('planned', 'running', 'done', 'failed')),
-    reason TEXT, started REAL, finished REAL, machine TEXT NOT NULL DEFAULT '{}',
-    ledger TEXT NOT NULL DEFAULT '{}', metrics TEXT NOT NULL DEFAULT '{}');
-CREATE TABLE study_runs (
-    study TEXT NOT NULL, digest TEXT NOT NULL, arm TEXT NOT NULL, seed INTEGER NOT NULL,
-    PRIMARY KEY (study, digest, arm));
-CREATE TABLE claims (
-    digest TEXT PRIMARY KEY, owner TEXT NOT NULL, place TEXT NOT NULL, pid INTEGER NOT NULL,
-    born TEXT NOT NULL, heartbeat REAL NOT NULL);
-"""
 
 
 def default_home() -> Path:
@@ -91,132 +68,8 @@ class Store:
         self.home = Path(home).expanduser() if home is not None else default_home()
         self.read_only = read_only
         self.stale_after = stale_after
-        self.index = self.home / INDEX
-        if read_only:
-            if not self.index.is_file():
-                raise BadInput(
-                    "there is no store here", where=self.home, mend="name another --home, or run"
-                )
-        else:
-            with atomic.explained(self.home):
-                self.home.mkdir(parents=True, exist_ok=True)
-                if not _writable(self.home, os.W_OK | os.X_OK):
-                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-            if self.index.exists() and not _writable(self.index, os.W_OK):
-                raise self._read_only_error()
-        self._prepare(check)
-
-    def _read_only_error(self) -> BadInput:
-        return BadInput(
-            "the store is read-only",
-            where=self.home,
-            mend="give yourself write permission, or point MAQUETTE_HOME (--home) to a folder of "
-            "yours",
-        )
-
-    def _prepare(self, check: bool) -> None:
-        """Check the index, or make it; a lost index is rebuilt from the folders."""
-        with self._connection(write=False) as db:
-            version = int(db.execute("PRAGMA user_version").fetchone()[0])
-            if version > SCHEMA_VERSION:
-                raise BadInput(
-                    f"the store has format {version}, this Maquette reads formats up to "
-                    f"{SCHEMA_VERSION}",
-                    where=self.index,
-                    mend="pip install -U maquette, or point MAQUETTE_HOME (--home) elsewhere",
-                )
-            if check and version:
-                found = db.execute("PRAGMA quick_check(1)").fetchone()[0]
-                if found != "ok":
-                    raise self._damaged(found)
-        if version == 0:
-            if self.read_only:
-                raise BadInput("the store has no tables", where=self.index, mend="name another")
-            self._create()
-
-    def _create(self) -> None:
-        self._write_ahead()
-        with self._connection(write=True) as db:
-            if int(db.execute("PRAGMA user_version").fetchone()[0]) == 0:
-                for statement in SCHEMA.split(";"):
-                    if statement.strip():
-                        db.execute(statement)
-                self._fill(db)
-                db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
-
-    def _write_ahead(self) -> None:
-        """Switch the index to WAL; two processes that switch at once do not wait by themselves."""
-        deadline = time.monotonic() + BUSY_SECONDS
-        while True:
-            try:
-                with contextlib.closing(self._open()) as db:
-                    db.execute("PRAGMA journal_mode=WAL")
-                return
-            except sqlite3.OperationalError as error:
-                if "locked" not in str(error) or time.monotonic() > deadline:
-                    raise self._explain(error) from error
-                time.sleep(0.02)
-
-    def _damaged(self, detail: str) -> BadInput:
-        return BadInput(
-            f"the index is damaged ({detail})",
-            where=self.index,
-            mend=f"delete {self.index} and the -wal and -shm files beside it; the next command "
-            "rebuilds the index from the run folders",
-        )
-
-    def _open(self) -> sqlite3.Connection:
-        if not self.read_only:
-            return sqlite3.connect(self.index, timeout=BUSY_SECONDS, isolation_level=None)
-        uri = self.index.resolve().as_uri()
-        db = sqlite3.connect(f"{uri}?mode=ro", uri=True, timeout=BUSY_SECONDS, isolation_level=None)
-        try:
-            db.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        except sqlite3.OperationalError:
-            # WAL wants to make files beside the index; where it may not, nobody else writes.
-            db.close()
-            return sqlite3.connect(f"{uri}?mode=ro&immutable=1", uri=True, isolation_level=None)
-        except BaseException:
-            db.close()
-            raise
-        return db
-
-    @contextlib.contextmanager
-    def _connection(self, *, write: bool) -> Iterator[sqlite3.Connection]:
-        """A connection, in one immediate transaction when writing; errors are explained."""
-        if write and self.read_only:
-            raise self._read_only_error()
-        try:
-            with contextlib.closing(self._open()) as db:
-                db.row_factory = sqlite3.Row
-                if not write:
-                    yield db
-                    return
-                db.execute("PRAGMA synchronous=FULL")
-                db.execute("BEGIN IMMEDIATE")
-                try:
-                    yield db
-                    db.execute("COMMIT")
-                except BaseException:
-                    with contextlib.suppress(sqlite3.Error):
-                        db.execute("ROLLBACK")
-                    raise
-        except sqlite3.OperationalError as error:
-            raise self._explain(error) from error
-        except sqlite3.DatabaseError as error:
-            raise self._damaged(str(error)) from error
-
-    def _explain(self, error: sqlite3.OperationalError) -> BadInput | RunFailed:
-        text = str(error)
-        if "readonly" in text or "unable to open" in text:
-            return self._read_only_error()
-        if "full" in text:
-            mend = "free some disk space, or point MAQUETTE_HOME (--home) to a larger disk"
-        elif "locked" in text:
-            mend = "another process has held the store for long; end it, or try again"
-        else:
-            mend = "check the disk"
-        return RunFailed(f"the index cannot be used ({text})", where=self.index, mend=mend)
+        self.index = Index(self.home, read_only=read_only, fill=self._fill)
+        self.index.prepare(check)
 
     # Folders ------------------------------------------------------------------------------------
 
@@ -237,7 +90,7 @@ class Store:
         recipe = self.run_dir(digest) / "recipe.yaml"
         if not self.read_only and not recipe.exists():
             atomic.write_text(recipe, recipe_yaml)
-        with self._connection(write=True) as db:
+        with self.index.connection(write=True) as db:
             db.execute(
                 "INSERT OR IGNORE INTO runs (digest, arm, seed, status) "
                 "VALUES (?, ?, ?, 'planned')",
@@ -259,7 +112,7 @@ class Store:
         Raises BadInput when the run was never planned.
         """
         pid, born, place = os.getpid(), birth_mark(os.getpid()) or "unknown", this_place()
-        with self._connection(write=True) as db:
+        with self.index.connection(write=True) as db:
             run = db.execute("SELECT status FROM runs WHERE digest=?", (digest,)).fetchone()
             if run is None:
                 raise BadInput(f"run `{digest}` was never planned", where=self.home, mend="plan it")
@@ -295,7 +148,7 @@ class Store:
 
         Raises RunFailed when this process does not hold the claim any more.
         """
-        with self._connection(write=True) as db:
+        with self.index.connection(write=True) as db:
             self._hold(db, digest)
             db.execute("UPDATE claims SET heartbeat=? WHERE digest=?", (time.time(), digest))
 
@@ -322,7 +175,7 @@ class Store:
 
         The files are written first, so a run that the index calls done is complete on disk.
         """
-        with self._connection(write=True) as db:
+        with self.index.connection(write=True) as db:
             self._hold(db, digest)
             folder = self.run_dir(digest)
             atomic.write_json(folder / "ledger.json", ledger)
@@ -338,7 +191,7 @@ class Store:
 
     def fail(self, digest: str, reason: str) -> None:
         """Record a claimed run as failed, with the reason, and release the claim."""
-        with self._connection(write=True) as db:
+        with self.index.connection(write=True) as db:
             self._hold(db, digest)
             db.execute(
                 "UPDATE runs SET status='failed', reason=?, finished=? WHERE digest=?",
@@ -349,7 +202,7 @@ class Store:
 
     def run(self, digest: str) -> RunRecord:
         """One run by its full digest; BadInput when unknown."""
-        with self._connection(write=False) as db:
+        with self.index.connection(write=False) as db:
             row = db.execute("SELECT * FROM runs WHERE digest=?", (digest,)).fetchone()
         if row is None:
             raise self._unknown(digest, [r.digest for r in self.list_runs()], "run")
@@ -383,7 +236,7 @@ class Store:
             values.append(status)
         if wheres:
             query += " WHERE " + " AND ".join(wheres)
-        with self._connection(write=False) as db:
+        with self.index.connection(write=False) as db:
             rows = db.execute(query + " ORDER BY runs.rowid", values).fetchall()
         return [run_record(row) for row in rows]
 
@@ -391,7 +244,7 @@ class Store:
 
     def save_study(self, digest: str, yaml: str, status: str, *, name: str = "") -> None:
         """Record a study, or change its status; the text of a known study never changes."""
-        with self._connection(write=True) as db:
+        with self.index.connection(write=True) as db:
             db.execute(
                 "INSERT INTO studies (digest, name, status, yaml, created) VALUES (?, ?, ?, ?, ?) "
                 "ON CONFLICT (digest) DO UPDATE SET status=excluded.status",
@@ -401,7 +254,7 @@ class Store:
 
     def save_verdict(self, study: str, arm: str, verdict: Mapping[str, Any]) -> None:
         """Record the verdict of one arm of a study."""
-        with self._connection(write=True) as db:
+        with self.index.connection(write=True) as db:
             row = db.execute("SELECT verdicts FROM studies WHERE digest=?", (study,)).fetchone()
             if row is None:
                 raise BadInput(f"study `{study}` is not in the store", where=self.home, mend="save")
@@ -411,14 +264,14 @@ class Store:
 
     def list_studies(self) -> list[StudyRecord]:
         """Studies, oldest first, with their verdicts and runs."""
-        with self._connection(write=False) as db:
+        with self.index.connection(write=False) as db:
             rows = db.execute("SELECT * FROM studies ORDER BY rowid").fetchall()
             return [study_record(db, row) for row in rows]
 
     def find(self, prefix: str, kind: Literal["run", "study"] = "run") -> str:
         """The full digest that begins with `prefix`; BadInput when none or several do."""
         table = "runs" if kind == "run" else "studies"
-        with self._connection(write=False) as db:
+        with self.index.connection(write=False) as db:
             known = [r["digest"] for r in db.execute(f"SELECT digest FROM {table} ORDER BY digest")]
         matches = [digest for digest in known if prefix and digest.startswith(prefix)]
         if prefix in matches or len(matches) == 1:
@@ -446,7 +299,7 @@ class Store:
     # The index beside the folders -----------------------------------------------------------------
 
     def _mirror_run(self, digest: str) -> None:
-        with self._connection(write=True) as db:
+        with self.index.connection(write=True) as db:
             self._write_run(db, digest)
 
     def _write_run(self, db: sqlite3.Connection, digest: str) -> None:
@@ -455,7 +308,7 @@ class Store:
         atomic.write_json(self.run_dir(digest) / "run.json", asdict(run_record(row)))
 
     def _mirror_study(self, digest: str) -> None:
-        with self._connection(write=True) as db:
+        with self.index.connection(write=True) as db:
             row = db.execute("SELECT * FROM studies WHERE digest=?", (digest,)).fetchone()
             if row is None:  # linked by `plan` before `save_study`
                 return
@@ -469,7 +322,7 @@ class Store:
 
         A folder whose run.json is missing or damaged is left out. Living claims are kept.
         """
-        with self._connection(write=True) as db:
+        with self.index.connection(write=True) as db:
             return self._fill(db)
 
     def _fill(self, db: sqlite3.Connection) -> int:
@@ -511,11 +364,6 @@ def write_table(path: Path, table: pa.Table) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
     atomic.write_bytes(path, sink.getvalue().to_pybytes())
-
-
-def _writable(path: Path, mode: int) -> bool:
-    """Whether this process, under the rights it has now, may write to `path`."""
-    return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
 
 
 def _checked(digest: str) -> str:

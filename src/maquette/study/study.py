@@ -15,10 +15,13 @@ from maquette.errors import BadInput, did_you_mean
 from maquette.parts import Audit
 from maquette.recipe import RECIPE_KEYS, Recipe, digest, parse_recipe
 from maquette.study.statistics import MIN_SEEDS
+from maquette.study.tuning import DEV, Tuning, value_at
 from maquette.study.verdict import resolve_smallest_effect
 
 DEFAULT_SEEDS = 5
-STUDY_KEYS = ("question", "seeds", "metric", "baseline", "arms", "amortise_over", "notes")
+STUDY_KEYS = (
+    "question", "seeds", "metric", "baseline", "arms", "tune", "amortise_over", "notes"
+)  # fmt: skip
 _LOSS_NAMES = frozenset({"loss", "train_loss", "training_loss", "held_out_loss"})
 
 
@@ -40,7 +43,8 @@ class Study:
     """A question with everything needed to answer it; frozen once it has a digest.
 
     seeds: root seeds; arms are paired by them. amortise_over: models expected to share what is
-    paid once, for the `amortised` charging rule.
+    paid once, for the `amortised` charging rule. tune: how every arm's values are searched first.
+    registered: the digest under which the study was written down, once tuning has chosen values.
     """
 
     name: str
@@ -49,8 +53,10 @@ class Study:
     baseline: str
     metric: Metric
     seeds: tuple[int, ...]
+    tune: Tuning | None = None
     amortise_over: float = 1.0
     notes: str = ""
+    registered: str = ""
     where: str = ""
 
     def spec(self) -> dict[str, Any]:
@@ -60,12 +66,15 @@ class Study:
             "seeds": list(self.seeds),
             "metric": self.metric.model_dump(),
             "baseline": self.baseline,
+            "tune": self.tune.model_dump(mode="json") if self.tune else None,
             "amortise_over": self.amortise_over,
             "arms": {name: recipe.spec() for name, recipe in self.arms.items()},
         }
 
     @property
     def digest(self) -> str:
+        if self.registered:
+            return self.registered
         return digest("study", {k: v for k, v in self.spec().items() if k != "question"})
 
     def audit_of(self, metric: str, arm: str) -> Audit:
@@ -140,11 +149,13 @@ def parse_study(data: Mapping[str, Any], *, name: str, where: object = None) -> 
         baseline=baseline,
         metric=validate(Metric, metric, where=where, key="metric"),
         seeds=_parse_seeds(data.get("seeds", DEFAULT_SEEDS), where),
+        tune=_parse_tune(data.get("tune"), where),
         amortise_over=_parse_amortise_over(data.get("amortise_over", 1), where),
         notes=str(data.get("notes", "")),
         where=str(where or ""),
     )
     check_comparable(study)
+    _check_tuning(study)
     return study
 
 
@@ -191,6 +202,46 @@ def _parse_amortise_over(value: object, where: object) -> float:
     return float(value)
 
 
+def _parse_tune(value: object, where: object) -> Tuning | None:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        mend = "tune: {trials: 9, over: {optim.learning_rate: 3}}"
+        raise BadInput(f"a mapping, got {value!r}", where=where, key="tune", mend=mend)
+    return validate(Tuning, value, where=where, key="tune")
+
+
+def _check_tuning(study: Study) -> None:
+    if study.tune is None:
+        return
+    where = study.where or None
+    for arm in study.tune.arms:
+        if arm not in study.arms:
+            raise BadInput(
+                f"`{arm}` is no arm",
+                where=where,
+                key=f"tune.arms.{arm}",
+                mend=did_you_mean(arm, study.arms),
+            )
+    if study.tune.seed in study.seeds:
+        raise BadInput(
+            f"{study.tune.seed} is also a seed of the study, whose runs would choose themselves",
+            where=where,
+            key="tune.seed",
+            mend="leave it out",
+        )
+    for arm, recipe in study.arms.items():
+        for key in study.tune.keys_of(arm):
+            value_at(recipe, key, where)
+        if not getattr(recipe.last.workload, "dev_fraction", 0):
+            raise BadInput(
+                f"trials are scored on the part `{DEV}` of the corpus, which has no documents",
+                where=where,
+                key="workload.dev_fraction",
+                mend="dev_fraction: 0.05",
+            )
+
+
 def check_comparable(study: Study) -> None:
     """Refuse a study whose arms' numbers would not mean the same."""
     where, name = study.where or None, study.metric.name
@@ -207,7 +258,7 @@ def check_comparable(study: Study) -> None:
     for arm, recipe in study.arms.items():
         study.audit_of(name, arm)
         workload = recipe.last.workload
-        for field in ("corpus", "held_out_fraction"):
+        for field in ("corpus", "held_out_fraction", "dev_fraction"):
             if getattr(workload, field, None) != getattr(base, field, None):
                 raise BadInput(
                     f"`{arm}` is evaluated on another {field} than `{study.baseline}`",

@@ -53,6 +53,8 @@ class TextWorkload(Workload):
     """Folder or hub name of a Hugging Face model to start from; None builds one of the size."""
     held_out_fraction: float = Field(0.05, gt=0, lt=1)
     """Share of the documents kept for evaluation, by near-duplicate cluster."""
+    dev_fraction: float = Field(0.0, ge=0, lt=1)
+    """Share kept apart for choosing hyper-parameters; a study that tunes needs some."""
 
     template: ClassVar[Literal["none", "cls_sep"]] = "none"
     """Whether the tokenizer wraps a text in [CLS] and [SEP]."""
@@ -76,6 +78,7 @@ class TextWorkload(Workload):
             self.tokenizer_spec(special_tokens),
             cache=ctx.cache,
             held_out_fraction=self.held_out_fraction,
+            dev_fraction=self.dev_fraction,
             ops=ops,
             ctx=ctx,
         )

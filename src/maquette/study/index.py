@@ -1,0 +1,182 @@
+"""The SQLite index of a store: opened in WAL mode, checked, explained when it cannot be used.
+
+WAL needs a file system with shared memory, so processes of different machines must not write to
+one index over a network file system at the same time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from maquette import atomic
+from maquette.errors import BadInput, RunFailed
+
+SCHEMA_VERSION = 1
+BUSY_SECONDS = 30.0
+NAME = "index.sqlite"
+
+SCHEMA = """
+CREATE TABLE studies (
+    digest TEXT PRIMARY KEY, name TEXT NOT NULL, status TEXT NOT NULL, yaml TEXT NOT NULL,
+    created REAL NOT NULL, verdicts TEXT NOT NULL DEFAULT '{}');
+CREATE TABLE runs (
+    digest TEXT PRIMARY KEY, arm TEXT NOT NULL, seed INTEGER NOT NULL,
+    status TEXT NOT NULL CHECK (status IN ('planned', 'running', 'done', 'failed')),
+    reason TEXT, started REAL, finished REAL, machine TEXT NOT NULL DEFAULT '{}',
+    ledger TEXT NOT NULL DEFAULT '{}', metrics TEXT NOT NULL DEFAULT '{}');
+CREATE TABLE study_runs (
+    study TEXT NOT NULL, digest TEXT NOT NULL, arm TEXT NOT NULL, seed INTEGER NOT NULL,
+    PRIMARY KEY (study, digest, arm));
+CREATE TABLE claims (
+    digest TEXT PRIMARY KEY, owner TEXT NOT NULL, place TEXT NOT NULL, pid INTEGER NOT NULL,
+    born TEXT NOT NULL, heartbeat REAL NOT NULL);
+"""
+
+
+class Index:
+    """Connections to `home/index.sqlite`. Each call opens its own, so threads and forks are safe.
+
+    fill: puts what the folders of the store hold into fresh tables.
+    Raises BadInput for an index that is damaged, written by a newer Maquette, or not writable.
+    """
+
+    def __init__(
+        self, home: Path, *, read_only: bool, fill: Callable[[sqlite3.Connection], object]
+    ) -> None:
+        self.home, self.read_only, self._fill = home, read_only, fill
+        self.path = home / NAME
+        if read_only:
+            if not self.path.is_file():
+                raise BadInput(
+                    "there is no store here", where=home, mend="name another --home, or run"
+                )
+        else:
+            with atomic.explained(home):
+                home.mkdir(parents=True, exist_ok=True)
+                if not _writable(home, os.W_OK | os.X_OK):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            if self.path.exists() and not _writable(self.path, os.W_OK):
+                raise self._read_only_error()
+
+    def prepare(self, check: bool) -> None:
+        """Check the index, or make it; a lost index is rebuilt from the folders."""
+        with self.connection(write=False) as db:
+            version = int(db.execute("PRAGMA user_version").fetchone()[0])
+            if version > SCHEMA_VERSION:
+                raise BadInput(
+                    f"the store has format {version}, this Maquette reads formats up to "
+                    f"{SCHEMA_VERSION}",
+                    where=self.path,
+                    mend="pip install -U maquette, or point MAQUETTE_HOME (--home) elsewhere",
+                )
+            if check and version:
+                found = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+                if found != "ok":
+                    raise self._damaged(found)
+        if version == 0:
+            if self.read_only:
+                raise BadInput("the store has no tables", where=self.path, mend="name another")
+            self._create()
+
+    def _create(self) -> None:
+        self._write_ahead()
+        with self.connection(write=True) as db:
+            if int(db.execute("PRAGMA user_version").fetchone()[0]) == 0:
+                for statement in SCHEMA.split(";"):
+                    if statement.strip():
+                        db.execute(statement)
+                self._fill(db)
+                db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+
+    def _write_ahead(self) -> None:
+        """Switch the index to WAL; two processes that switch at once do not wait by themselves."""
+        deadline = time.monotonic() + BUSY_SECONDS
+        while True:
+            try:
+                with contextlib.closing(self._open()) as db:
+                    db.execute("PRAGMA journal_mode=WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise self._explain(error) from error
+                time.sleep(0.02)
+
+    def _open(self) -> sqlite3.Connection:
+        if not self.read_only:
+            return sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
+        uri = self.path.resolve().as_uri()
+        db = sqlite3.connect(f"{uri}?mode=ro", uri=True, timeout=BUSY_SECONDS, isolation_level=None)
+        try:
+            db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        except sqlite3.OperationalError:
+            # WAL wants to make files beside the index; where it may not, nobody else writes.
+            db.close()
+            return sqlite3.connect(f"{uri}?mode=ro&immutable=1", uri=True, isolation_level=None)
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    @contextlib.contextmanager
+    def connection(self, *, write: bool) -> Iterator[sqlite3.Connection]:
+        """A connection, in one immediate transaction when writing; errors are explained."""
+        if write and self.read_only:
+            raise self._read_only_error()
+        try:
+            with contextlib.closing(self._open()) as db:
+                db.row_factory = sqlite3.Row
+                if not write:
+                    yield db
+                    return
+                db.execute("PRAGMA synchronous=FULL")
+                db.execute("BEGIN IMMEDIATE")
+                try:
+                    yield db
+                    db.execute("COMMIT")
+                except BaseException:
+                    with contextlib.suppress(sqlite3.Error):
+                        db.execute("ROLLBACK")
+                    raise
+        except sqlite3.OperationalError as error:
+            raise self._explain(error) from error
+        except sqlite3.DatabaseError as error:
+            raise self._damaged(str(error)) from error
+
+    def _explain(self, error: sqlite3.OperationalError) -> BadInput | RunFailed:
+        text = str(error)
+        if "readonly" in text or "unable to open" in text:
+            return self._read_only_error()
+        if "full" in text:
+            mend = "free some disk space, or point MAQUETTE_HOME (--home) to a larger disk"
+        elif "locked" in text:
+            mend = "another process has held the store for long; end it, or try again"
+        else:
+            mend = "check the disk"
+        return RunFailed(f"the index cannot be used ({text})", where=self.path, mend=mend)
+
+    def _damaged(self, detail: str) -> BadInput:
+        return BadInput(
+            f"the index is damaged ({detail})",
+            where=self.path,
+            mend=f"delete {self.path} and the -wal and -shm files beside it; the next command "
+            "rebuilds the index from the run folders",
+        )
+
+    def _read_only_error(self) -> BadInput:
+        return BadInput(
+            "the store is read-only",
+            where=self.home,
+            mend="give yourself write permission, or point MAQUETTE_HOME (--home) to a folder of "
+            "yours",
+        )
+
+
+def _writable(path: Path, mode: int) -> bool:
+    """Whether this process, under the rights it has now, may write to `path`."""
+    return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
