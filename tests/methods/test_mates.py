@@ -18,6 +18,7 @@ from maquette.study.store import Store
 from maquette.training import loop
 from maquette.training.branch import branch
 from maquette.training.influence_probe import measure, oracle_losses
+from maquette.training.ledger import FlopCounter
 
 # --- the probe -----------------------------------------------------------------------------------
 
@@ -222,6 +223,18 @@ def test_the_reference_loss_is_weighted_by_token_whatever_the_batches(world, mon
     whole = measure(run, reference, pool.probes[:1]).before
     monkeypatch.setattr("maquette.training.influence_probe.REFERENCE_BATCH", 3)
     assert measure(run, reference, pool.probes[:1]).before == pytest.approx(whole, rel=1e-6)
+
+
+def test_a_probe_costs_at_most_115_percent_of_the_passes_it_needs(world):
+    run, _ = live(world)
+    reference, pool = run.stage.feed._setting(run)
+    ids = torch.from_numpy(reference.ids_RT)
+    with FlopCounter() as bare:
+        run.model(input_ids=ids[:1], labels=ids[:1]).loss.backward()
+        with torch.no_grad():
+            run.model(input_ids=ids, labels=ids)
+    found = sum(measure(run, reference, pool.probes[:1]).flops.values())
+    assert 0.8 * bare.total < found <= 1.15 * bare.total
 
 
 def test_the_first_stage_is_that_of_a_run_without_selection(world, tmp_path):
