@@ -36,7 +36,7 @@ def test_every_link_to_a_file_leads_somewhere(file):
     assert gone == []
 
 
-@pytest.mark.parametrize("guide", ["study.md", "recipes.md"])
+@pytest.mark.parametrize("guide", ["study.md", "recipes.md", "forecast.md"])
 def test_every_study_and_recipe_that_is_shown_parses(guide):
     for block in blocks(ROOT / "docs" / guide, "yaml"):
         data = yaml.safe_load(block)
@@ -87,6 +87,12 @@ def test_the_example_of_the_ledger_guide_gives_the_numbers_it_shows(capsys):
     [code] = blocks(ROOT / "docs" / "ledger.md", "python")
     exec(compile(code, "ledger.md", "exec"), {})
     assert capsys.readouterr().out.split() == ["65536.0", "65536.0", "32768.0"]
+
+
+def test_the_example_of_the_forecast_guide_runs(capsys):
+    [code] = blocks(ROOT / "docs" / "forecast.md", "python")
+    exec(compile(code, "forecast.md", "exec"), {})
+    assert "power law with a floor" in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -147,6 +147,8 @@ class Ctx:
     workload: str = ""
     tokenizer: PreTrainedTokenizerBase | None = None
     corpus: Corpus | None = None
+    held_out: Path | None = None
+    """Documents held out, while data parts are fitted: to make sure that none is learnt from."""
     stages: Mapping[str, FinishedStage] = field(default_factory=dict)
 
     def stage(self, name: str) -> FinishedStage:

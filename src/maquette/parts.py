@@ -238,6 +238,14 @@ class Objective(Part):
         """
         return ""
 
+    def phase_now(self, clock: Clock, extra: nn.ModuleDict) -> str:
+        """Cost class of the step that has just run, which is what it is billed by.
+
+        An objective whose cost depends on what happened in the run (state in `extra`) overrides
+        it; `phase`, by which the run is planned, then gives the dearest that can come.
+        """
+        return self.phase(clock)
+
     def special_tokens(self) -> tuple[str, ...]:
         """Tokens the tokenizer must hold as single, reserved entries."""
         return ()

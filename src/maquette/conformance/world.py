@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from maquette import parts
 from maquette.errors import BadInput
 from maquette.parts import Objective, Part, Subject, Surgery
-from maquette.recipe import Recipe, parse_recipe
+from maquette.recipe import Recipe, parse_part, parse_recipe
 from maquette.study.execute import (
     Options,
     Trained,
@@ -303,7 +303,29 @@ def recipe_for(
         data["workload"]["corpus"] = {"path": str(world.folder / "dated.jsonl"), **dated}
     if issubclass(cls, Surgery) and cls.replaces_tokenizer:
         return _after_a_source(data, world, workload)
+    if read := list(parse_part(parts.KINDS[cls.kind], spec).reads()):
+        if cls.kind == "audit":
+            data["evaluate"] = [spec]  # else nothing would use what it reads
+        return _after_what_it_reads(data, read, cls, world)
     return data
+
+
+def _after_what_it_reads(
+    data: dict[str, Any], read: Sequence[str], cls: type[Part], world: World
+) -> dict[str, Any]:
+    """The recipe with a stage of its own seed for every name the part reads.
+
+    A data part reads language models, whatever the stage it prepares text for is.
+    """
+    slot = "data" if cls.kind == "data_op" else cls.kind
+    own = {k: data.pop(k) for k in (slot, "workload", "objective") if k in data}
+    plain = {"workload": own["workload"], "objective": own.get("objective", "causal-lm")}
+    if cls.kind == "data_op":
+        plain = {"workload": world.workload("text/causal"), "objective": "causal-lm"}
+    elif cls.kind == "objective":
+        plain["objective"] = OBJECTIVES[str(own["workload"]["type"])]
+    stages = [{"name": n, "budget": "4step", "reseed": i, **plain} for i, n in enumerate(read, 1)]
+    return data | {"stages": [*stages, {"name": "train", **own}]}
 
 
 def _after_a_source(data: dict[str, Any], world: World, workload: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,7 +32,7 @@ from maquette.data.table import DROPPED, DocumentWriter, stored
 from maquette.data.tokenizers import TokenizerSpec
 from maquette.errors import BadInput
 
-_FORMAT = 1
+_FORMAT = 2
 FIT_SAMPLE_BYTES = 16 << 20
 _NUMBER = re.compile(r"(?<![\w.])-?\d[\d.e+-]*")
 EXACT, NEAR = "exact duplicate", "near duplicate"
@@ -220,7 +220,11 @@ def _layers(
         return base, base
     read = {name: ctx.stage(name).digest for op in ops for name in op.reads()}
     key = digest(_FORMAT, base.name, [op.digest_key() for op in ops], *([read] if read else []))
-    return base, built_once(cache, f"curated-{key}", lambda to: _curated(base, ops, ctx, to, tell))
+    top = built_once(cache, f"curated-{key}", lambda to: _curated(base, ops, ctx, to, tell))
+    if ctx is not None:
+        # What the parts cost is paid by every run that uses them, whoever computed them first.
+        ctx.ledger.add(type(ctx.ledger).from_dict(read_card(top)["ledger"]))
+    return base, top
 
 
 def _documents(
@@ -316,6 +320,8 @@ def _curated(
 ) -> dict[str, Any]:
     """Layer 2: the training part after data parts, each fitted on what the one before left."""
     source, stages = base / "train.parquet", []
+    if ctx is not None:
+        ctx = replace(ctx, ledger=type(ctx.ledger)(), held_out=base / "held_out.parquet")
     with DocumentWriter(to / "dropped.parquet", DROPPED) as left_out:
         for n, op in enumerate(ops):
             name = type(op).__name__
@@ -337,13 +343,15 @@ def _curated(
                     where=name,
                     mend="loosen its thresholds or give a larger corpus",
                 )
-            stages.append({"part": name, "dropped": dict(why)})
+            warnings = op.diagnose(state) if hasattr(op, "diagnose") else {}
+            stages.append({"part": name, "dropped": dict(why), "warnings": warnings})
             if n:
                 source.unlink()
             source = target
     source.rename(to / "train.parquet")
     counts = {"documents": out.documents, "bytes": out.bytes, "digest": out.digest}
-    return {"ops": stages, "train": counts}
+    ledger = ctx.ledger.as_dict() if ctx is not None else None
+    return {"ops": stages, "train": counts, "ledger": ledger}
 
 
 def _sifted(
@@ -424,14 +432,17 @@ def _card(
     vocabulary = read_card(trained)
     dropped = Counter(first["read"]["dropped"])
     dropped.update({why: n for why, n in first["duplicates"].items() if n})
+    warnings: dict[str, str] = {}
     if top != base:
         for stage in read_card(top)["ops"]:
             dropped.update(stage["dropped"])
+            warnings |= stage["warnings"]
     return {
         "path": spec.path,
         "digest": digest(vocabulary["digest"], {p: c["digest"] for p, c in token_cards.items()}),
         "read": {"documents": first["read"]["documents"], "bytes": first["read"]["bytes"]},
         "dropped": dict(dropped),
+        "warnings": warnings,
         "notes": first["read"]["notes"],
         "largest_group": first["largest_group"],
         "parts": {

@@ -89,6 +89,41 @@ def batches(size: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
         at += n
 
 
+@dataclass(frozen=True)
+class Reading:
+    """Windows of documents that a model reads at once, padded on the right.
+
+    row: index of each window's document among the chosen ones, int64 of shape (B,). inputs_BT,
+    targets_BT: int64; an input is the last token its target's prediction may see. real_BT: False
+    for padding.
+    """
+
+    row: np.ndarray
+    inputs_BT: np.ndarray
+    targets_BT: np.ndarray
+    real_BT: np.ndarray
+
+
+def readings(
+    part: PackedTokens, documents: np.ndarray, length: int, batch_tokens: int
+) -> Iterator[Reading]:
+    """Every token of the documents as a target once, longest windows first.
+
+    The end mark stands before a document's first token and is itself no target.
+    """
+    begin = part.doc_starts[documents]
+    windows = cut(part.doc_starts[documents + 1] - begin - 1, length)
+    for chosen in batches(windows.size, batch_tokens):
+        first = (begin[windows.row[chosen]] + windows.start[chosen])[:, None]
+        at = np.arange(windows.size[chosen[0]])
+        targets = part.tokens[np.minimum(first + at, part.n_tokens - 1)].astype(np.int64)
+        before = part.tokens[np.maximum(first[:, 0] - 1, 0)].astype(np.int64)
+        before[windows.start[chosen] == 0] = part.eos_id
+        inputs = np.concatenate([before[:, None], targets[:, :-1]], axis=1)
+        real = at < windows.size[chosen][:, None]
+        yield Reading(windows.row[chosen], inputs, targets, real)
+
+
 @torch.no_grad()
 def token_bits(model: PreTrainedModel, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
     """-log2 p(target) at each position, float64 of shape (B, T); softmax in fp32.
@@ -135,26 +170,19 @@ def document_bits(
             key="workload.held_out_fraction",
             mend="raise `held_out_fraction` or give a larger corpus",
         )
-    begin = part.doc_starts[documents]
-    windows = cut(part.doc_starts[documents + 1] - begin - 1, length)
     bits = np.zeros(len(documents))
     limit = max(1, min(batch_tokens, MAX_LOGITS // len(tokenizer)))
     training = model.training
     model.eval()
     try:
         check_causal(model, part.eos_id, device)
-        for chosen in batches(windows.size, limit):
-            first = (begin[windows.row[chosen]] + windows.start[chosen])[:, None]
-            at = np.arange(windows.size[chosen[0]])
-            targets = part.tokens[np.minimum(first + at, part.n_tokens - 1)].astype(np.int64)
-            before = part.tokens[np.maximum(first[:, 0] - 1, 0)].astype(np.int64)
-            before[windows.start[chosen] == 0] = part.eos_id
-            inputs = np.concatenate([before[:, None], targets[:, :-1]], axis=1)
+        for read in readings(part, documents, length, limit):
             scored = token_bits(
-                model, torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)
+                model,
+                torch.from_numpy(read.inputs_BT).to(device),
+                torch.from_numpy(read.targets_BT).to(device),
             )
-            real = at < windows.size[chosen][:, None]
-            np.add.at(bits, windows.row[chosen], (scored.cpu().numpy() * real).sum(axis=1))
+            np.add.at(bits, read.row, (scored.cpu().numpy() * read.real_BT).sum(axis=1))
     finally:
         model.train(training)
     return pa.table(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import datetime
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -36,6 +36,9 @@ from maquette.study.verdict import (
 )
 from maquette.training.loop import Progress
 from maquette.training.metrics import read_metrics
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 CURVE_POINTS = 200
@@ -75,12 +78,7 @@ def compare(
     workers: processes that share the (arm, seed) pairs. A run that fails marks its arm and seed;
     the study finishes with the others.
     """
-    device = pick_device(options.device)
-    for recipe in study.arms.values():
-        for stage in recipe.stages:
-            if not stage.node().needs:  # others need their parents' tokenizers and models
-                ctx = make_ctx(stage, 0, store, device)
-                stage.workload.prepare(ctx, stage.special_tokens, stage.data)
+    prepare_corpora(study.arms.values(), store, pick_device(options.device))
     text = yaml.safe_dump(study.spec(), sort_keys=False)
     store.save_study(study.digest, text, "running", name=study.name)
     tuned = _tune(study, store, options, workers, on_progress, on_done)
@@ -99,6 +97,15 @@ def compare(
         store.save_verdict(study.digest, arm, verdict.model_dump(mode="json"))
     store.save_study(study.digest, text, "done", name=study.name)
     return Comparison(study, verdicts.get(study.metric.name, {}), built, paths)
+
+
+def prepare_corpora(recipes: Iterable[Recipe], store: Store, device: torch.device) -> None:
+    """Prepare every corpus once, before several processes would all begin to."""
+    for recipe in recipes:
+        for stage in recipe.stages:
+            if not stage.node().needs:  # others need their parents' tokenizers and models
+                ctx = make_ctx(stage, 0, store, device)
+                stage.workload.prepare(ctx, stage.special_tokens, stage.data)
 
 
 def _tune(

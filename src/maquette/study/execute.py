@@ -166,7 +166,9 @@ def _train_stage(
     device = pick_device(options.device)
     ctx = make_ctx(stage, seed, store, device)
     ctx = replace(ctx, stages={name: done[name].finished() for name in node.reads or ()})
-    corpus = stage.workload.prepare(ctx, stage.special_tokens, stage.data)
+    # Apart until the end: a resumed run finds the rest of its costs in the checkpoint.
+    curation = replace(ctx, ledger=Ledger())
+    corpus = stage.workload.prepare(curation, stage.special_tokens, stage.data)
     ctx = replace(ctx, corpus=corpus, tokenizer=corpus.tokenizer)
     started, read = [p.digest for p in init], {n: s.digest for n, s in ctx.stages.items()}
     name = stage_digest(stage, corpus.digest, seed, started, read)
@@ -190,12 +192,13 @@ def _train_stage(
                 on_step=lambda progress: on_step(stage.name, progress),
             )
             save_final(folder, stage, outcome.model, outcome.extra, ctx)
+            ctx.ledger.add(curation.ledger)
             store.finish(
                 name,
                 ledger=ctx.ledger.as_dict()["causes"],
                 metrics={
                     "steps": outcome.steps,
-                    "warnings": outcome.warnings,
+                    "warnings": {**corpus.card["warnings"], **outcome.warnings},
                     "peak_memory": ctx.ledger.peak_memory,
                     **({"refreshes": outcome.refreshes} if outcome.refreshes else {}),
                 },

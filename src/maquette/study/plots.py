@@ -99,7 +99,8 @@ def arm_colour(index: int) -> str:
     return f"--arm-{index % N_COLOURS}"
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
+def new_figure(width: float, height: float) -> tuple[Any, Any]:
+    """A figure of so many inches and its axes; to be made inside `rc_context(STYLE)`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -108,7 +109,7 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _inline(figure: Any, prefix: str, label: str) -> str:
+def inline_svg(figure: Any, prefix: str, label: str) -> str:
     """The figure as an SVG element for an HTML page, with CSS variables for colours."""
     buffer = io.BytesIO()
     figure.savefig(
@@ -163,7 +164,7 @@ def forest(
     import matplotlib as mpl
 
     with mpl.rc_context(STYLE):
-        figure, axes = _figure(7.6, 0.85 + 0.42 * len(effects))
+        figure, axes = new_figure(7.6, 0.85 + 0.42 * len(effects))
         axes.grid(axis="y", visible=False)
         axes.axvspan(-smallest_effect, smallest_effect, color=BAND, linewidth=0)
         axes.axvline(0, color=INK, linewidth=1)
@@ -182,7 +183,7 @@ def forest(
         label = "Effects: " + "; ".join(
             f"{e.name} {e.effect:.4g} ({e.low:.4g} to {e.high:.4g}), {e.word}" for e in effects
         )
-        return _inline(figure, prefix, plain(label, 4000))
+        return inline_svg(figure, prefix, plain(label, 4000))
 
 
 def _scale(largest: float) -> tuple[float, str]:
@@ -237,7 +238,7 @@ def curves(
         return ""
     divisor, suffix = _scale(max(reach))
     with mpl.rc_context(STYLE):
-        figure, axes = _figure(4.2, 3.1)
+        figure, axes = new_figure(4.2, 3.1)
         for arm, points in by_arm.items():
             if not points:
                 continue
@@ -251,4 +252,4 @@ def curves(
         axes.set_xlim(left=0)
         axes.set_xlabel(x_label + suffix)
         axes.set_ylabel(plain(y_label, 44))
-        return _inline(figure, prefix, plain(f"{y_label} against {x_label}", 200))
+        return inline_svg(figure, prefix, plain(f"{y_label} against {x_label}", 200))

@@ -366,10 +366,11 @@ def fence(text: str) -> str:
     return f"{ticks}\n{text.rstrip()}\n{ticks}"
 
 
-def _environment(*, html: bool) -> Any:
+def environment(*, html: bool) -> Any:
+    """Where the templates of reports are found and how they escape."""
     import jinja2
 
-    environment = jinja2.Environment(
+    made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=html,
         undefined=jinja2.StrictUndefined,
@@ -377,8 +378,8 @@ def _environment(*, html: bool) -> Any:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"md": markdown_text, "fence": fence, "day": _date}
-    return environment
+    made.filters |= {"md": markdown_text, "fence": fence, "day": _date}
+    return made
 
 
 def render_html(report: Report) -> str:
@@ -394,13 +395,13 @@ def render_html(report: Report) -> str:
         "legend": _legend(report),
         "css": markupsafe.Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
     }
-    template = _environment(html=True).get_template("report.html.j2")
+    template = environment(html=True).get_template("report.html.j2")
     return template.render(**_context(report), **drawn)
 
 
 def render_markdown(report: Report) -> str:
     """The Markdown text."""
-    return _environment(html=False).get_template("report.md.j2").render(**_context(report))
+    return environment(html=False).get_template("report.md.j2").render(**_context(report))
 
 
 def render(report: Report | Mapping[str, Any], out_dir: Path | str) -> dict[str, Path]:

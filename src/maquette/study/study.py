@@ -14,13 +14,14 @@ from maquette.config import Frozen, deep_merge, load_yaml, set_dotted, validate
 from maquette.errors import BadInput, did_you_mean
 from maquette.parts import Audit
 from maquette.recipe import RECIPE_KEYS, Recipe, digest, parse_recipe
+from maquette.study.ladder import Ladder, check_arms, parse_ladder
 from maquette.study.statistics import MIN_SEEDS
 from maquette.study.tuning import DEV, Tuning, value_at
 from maquette.study.verdict import resolve_smallest_effect
 
 DEFAULT_SEEDS = 5
 STUDY_KEYS = (
-    "question", "seeds", "metric", "baseline", "arms", "tune", "amortise_over", "notes"
+    "question", "seeds", "metric", "baseline", "arms", "tune", "amortise_over", "ladder", "notes",
 )  # fmt: skip
 _LOSS_NAMES = frozenset({"loss", "train_loss", "training_loss", "held_out_loss"})
 
@@ -44,7 +45,9 @@ class Study:
 
     seeds: root seeds; arms are paired by them. amortise_over: models expected to share what is
     paid once, for the `amortised` charging rule. tune: how every arm's values are searched first.
-    registered: the digest under which the study was written down, once tuning has chosen values.
+    ladder: for `forecast`; the question `compare` answers is the same without it, so it is not part
+    of the digest. registered: the digest under which the study was written down, once tuning has
+    chosen values.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Study:
     seeds: tuple[int, ...]
     tune: Tuning | None = None
     amortise_over: float = 1.0
+    ladder: Ladder | None = None
     notes: str = ""
     registered: str = ""
     where: str = ""
@@ -151,10 +155,13 @@ def parse_study(data: Mapping[str, Any], *, name: str, where: object = None) -> 
         seeds=_parse_seeds(data.get("seeds", DEFAULT_SEEDS), where),
         tune=_parse_tune(data.get("tune"), where),
         amortise_over=_parse_amortise_over(data.get("amortise_over", 1), where),
+        ladder=parse_ladder(data["ladder"], where=where) if "ladder" in data else None,
         notes=str(data.get("notes", "")),
         where=str(where or ""),
     )
     check_comparable(study)
+    if study.ladder is not None:
+        check_arms(study.arms, where)
     _check_tuning(study)
     return study
 

@@ -52,9 +52,8 @@ def _key(batch: Batch, loss_phase: str) -> str:
     return f"{loss_phase}{batch.signature}"
 
 
-def count_batches(run: LiveRun, batches: Sequence[Batch]) -> None:
+def count_batches(run: LiveRun, batches: Sequence[Batch], phase: str) -> None:
     """Count one eager forward and backward pass of every shape not met before in this phase."""
-    phase = run.objective.phase(run.clock)
     for piece, batch in enumerate(batches):
         key = _key(batch, phase)
         if key not in run.costs.batches:
@@ -94,7 +93,7 @@ def count_all(run: LiveRun, batches: Sequence[Batch]) -> float:
     trial.horizon = Horizon(LOSS_PHASE_GRID)
     per_step = []
     for trial.step in range(LOSS_PHASE_GRID):
-        count_batches(trial, batches)
+        count_batches(trial, batches, phases[trial.step])
         per_step.append(sum(run.costs.of(batches, phases[trial.step], "").values()))
     run.step = 0
     if type(run.stage.optim).phase is not Optim.phase:

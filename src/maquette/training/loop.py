@@ -302,8 +302,9 @@ def _plan(run: LiveRun, feeder: Feeder, settings: Settings) -> None:
 
 
 def _bill(run: LiveRun, batches: Sequence[Batch], seconds: float) -> None:
-    count_batches(run, batches)
-    loss_phase, update_phase = run.objective.phase(run.clock), run.stage.optim.phase(run.step)
+    loss_phase = run.objective.phase_now(run.clock, run.extra)
+    update_phase = run.stage.optim.phase(run.step)
+    count_batches(run, batches, loss_phase)
     costs = run.costs.of(batches, loss_phase, update_phase)
     n_tokens, n_bytes = sum(b.n_tokens for b in batches), sum(b.n_bytes for b in batches)
     for cause, flops in costs.items():

@@ -1,0 +1,115 @@
+"""What all verbs share: the application, the common options, output, and reading a file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App, Parameter
+
+from maquette import __version__
+from maquette.errors import BadInput
+
+if TYPE_CHECKING:
+    from maquette.study.execute import Options
+    from maquette.study.store import Store
+
+app = App(
+    name="maquette",
+    version=__version__,
+    help="Does this published idea pay, on my data, at my budget, before I spend the big budget?",
+)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Common:
+    """What every verb takes."""
+
+    as_json: Annotated[bool, Parameter(name="--json", negative=())] = False
+    """Print one JSON document on stdout; logs stay on stderr."""
+    home: Path | None = None
+    """The store; MAQUETTE_HOME, else ~/.maquette."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    seed: int = 0
+    """Root seed of a single run, first one of an A/A."""
+    debug: Annotated[bool, Parameter(negative=())] = False
+    """Show the traceback of an error."""
+    usd_per_hour: float | None = None
+    """Price of this machine, for costs and budgets in dollars; MAQUETTE_USD_PER_HOUR."""
+    verbose: Annotated[bool, Parameter(name=["--verbose", "-v"], negative=())] = False
+    """Log what was decided and why."""
+
+    def store(self, *, read_only: bool = False) -> Store:
+        from maquette.study.store import Store
+
+        return Store(self.home, read_only=read_only)
+
+    def options(self) -> Options:
+        from maquette.study.execute import Options
+        from maquette.training.loop import Settings
+
+        price = self.usd_per_hour
+        if price is None and (given := os.environ.get("MAQUETTE_USD_PER_HOUR")):
+            try:
+                price = float(given)
+            except ValueError:
+                raise BadInput(
+                    f"`{given}` is not a price", key="MAQUETTE_USD_PER_HOUR", mend="2.5"
+                ) from None
+        return Options(device=self.device, settings=Settings(usd_per_hour=price))
+
+
+Sets = Annotated[
+    list[str], Parameter(name="--set", negative=(), help="Override one key: size=nano.")
+]
+On = Annotated[str, Parameter(name="--on", help="Where the runs go: local, or local:N processes.")]
+
+
+def say(common: Common, document: Any, text: str | None = None) -> None:
+    """One JSON document, or the text for people."""
+    if common.as_json:
+        print(json.dumps(document, indent=2, sort_keys=True, default=str))
+    elif text is not None:
+        print(text)
+
+
+def workers_at(on: str) -> int:
+    place, _, count = on.partition(":")
+    if place != "local" or (count and not count.isdigit()):
+        raise BadInput(f"`{on}` is not a place to run", key="--on", mend="local, or local:2")
+    return int(count) if count else _default_workers()
+
+
+def _default_workers() -> int:
+    """One process a core on a small machine: small models leave a second thread idle."""
+    import torch
+
+    return 1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1)
+
+
+def load_recipes(file: str, sets: Sequence[str]) -> tuple[dict[str, Any], int]:
+    """The recipes of a study by arm, or the one of a recipe file; and the number of seeds."""
+    from maquette.config import load_yaml, set_dotted
+    from maquette.recipe import parse_recipe
+    from maquette.study.study import locate, parse_study
+
+    path = locate(file)
+    data = load_yaml(path)
+    for assignment in sets:
+        data = set_dotted(data, assignment)
+    if "arms" in data:
+        study = parse_study(data, name=path.stem, where=path)
+        return dict(study.arms), len(study.seeds)
+    return {path.stem: parse_recipe(data, where=path)}, 1
+
+
+def one_of(recipes: dict[str, Any], arm: str, where: str) -> Any:
+    if arm not in recipes:
+        raise BadInput(f"there is no arm `{arm}`", where=where, mend=", ".join(recipes))
+    return recipes[arm]

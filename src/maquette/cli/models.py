@@ -1,0 +1,68 @@
+"""Verbs about a model that is there: audit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from maquette.cli.base import Common, Sets, app, say
+
+
+@app.command
+def audit(
+    model: str,
+    kind: str = "bits-per-byte",
+    *,
+    corpus: str = "python:",
+    held_out: str | None = None,
+    sets: Sets | None = None,
+    items: Path | None = None,
+    common: Common = Common(),
+) -> None:
+    """Measure any Hugging Face model with an audit.
+
+    Parameters
+    ----------
+    model
+        A folder written by save_pretrained, or a hub name in the local cache.
+    kind
+        The audit (`maquette ls parts`): bits-per-byte, min-k, ...
+    corpus
+        What the model was trained on, for a membership audit; any text for the others.
+    held_out
+        Text it was not trained on; left out, a part of the corpus is held out.
+    items
+        Also write one row per item to this Parquet file.
+    """
+    import numpy as np
+    import pyarrow.parquet as pq
+
+    from maquette import console
+    from maquette.config import set_dotted
+    from maquette.data.readers import CorpusSpec
+    from maquette.parts import Audit
+    from maquette.recipe import parse_part
+    from maquette.study.audit import audit_model
+    from maquette.study.execute import pick_device
+
+    options: dict[str, Any] = {"type": kind}
+    for assignment in sets or []:
+        options = set_dotted(options, assignment)
+    chosen = parse_part(Audit, options, where="audit")  # type: ignore[type-abstract]
+    table = audit_model(
+        model,
+        chosen,
+        CorpusSpec(path=corpus),
+        cache=common.store().home / "cache",
+        device=pick_device(common.device),
+        held_out=None if held_out is None else CorpusSpec(path=held_out),
+        seed=common.seed,
+    )
+    if items is not None:
+        pq.write_table(table, items)
+    rows = chosen.summarise(table, np.random.default_rng(common.seed))
+    if common.as_json:
+        say(common, rows)
+    else:
+        shown = [[f"{v:.4g}" if isinstance(v, float) else v for v in row.values()] for row in rows]
+        console.table(list(rows[0]), shown, title=f"{kind} of {model}")

@@ -1,0 +1,110 @@
+"""Verbs about single runs: check, run, export."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from maquette.cli.base import Common, Sets, app, load_recipes, one_of, say
+from maquette.errors import BadInput
+
+if TYPE_CHECKING:
+    from maquette.study.store import Store
+
+
+@app.command
+def check(file: str, *, sets: Sets | None = None, common: Common = Common()) -> None:
+    """What would run: sizes, FLOPs, memory, time and money. Refuses what cannot be compared."""
+    from maquette import console
+    from maquette.study.check import plan
+    from maquette.study.report import quantity
+
+    recipes, seeds = load_recipes(file, sets or [])
+    store, options = common.store(), common.options()
+    plans = {name: plan(recipe, store, options) for name, recipe in recipes.items()}
+    if common.as_json:
+        say(common, {"seeds": seeds, "arms": {k: [asdict(p) for p in v] for k, v in plans.items()}})
+        return
+    console.table(
+        ["arm", "stage", "size", "weights", "steps", "tokens", "FLOPs", "memory", "time", "USD"],
+        [
+            [
+                arm, p.stage, p.size, quantity(p.weights, ""), p.steps, quantity(p.tokens, ""),
+                quantity(p.flops, "flops"), quantity(p.memory, "bytes"),
+                quantity(p.seconds, "seconds"), "-" if p.usd is None else f"{p.usd:.2f}",
+            ]
+            for arm, stages in plans.items()
+            for p in stages
+        ],
+        title=f"each run; {seeds} seed(s) an arm",
+    )  # fmt: skip
+    total = sum(p.seconds for stages in plans.values() for p in stages) * seeds
+    print(f"about {quantity(total, 'seconds')} of training on one process")
+
+
+@app.command
+def run(
+    recipe: str,
+    *,
+    arm: str | None = None,
+    sets: Sets | None = None,
+    common: Common = Common(),
+) -> None:
+    """Run one recipe, or one arm of a study, with one seed.
+
+    Parameters
+    ----------
+    recipe
+        A YAML file, or the name of a built-in study.
+    arm
+        The arm, when the file is a study.
+    """
+    from maquette import console
+    from maquette.study.pool import Task, run_tasks
+
+    recipes, _ = load_recipes(recipe, sets or [])
+    if arm is None and len(recipes) > 1:
+        raise BadInput(
+            "is a study of several arms", where=recipe, mend=f"--arm {next(iter(recipes))}"
+        )
+    chosen = one_of(recipes, arm or next(iter(recipes)), recipe)
+    store = common.store()
+    with console.StudyProgress(1, quiet=common.as_json) as progress:
+        [done] = run_tasks(
+            [Task(arm or "run", common.seed, chosen)],
+            store, common.options(), 1, progress.step, progress.ended,
+        )  # fmt: skip
+    _finish_run(done, store, common)
+
+
+def _finish_run(done: Any, store: Store, common: Common) -> None:
+    from maquette.errors import RunFailed
+
+    if done.digest is None:
+        raise RunFailed(done.failure)
+    record = store.run(done.digest)
+    folder = store.run_dir(record.metrics["stages"][-1])
+    numbers = {k: v for k, v in record.metrics.items() if isinstance(v, float)}
+    text = "\n".join([*(f"{k}  {v:.4f}" for k, v in numbers.items()), f"model  {folder / 'model'}"])
+    say(common, {"digest": done.digest, "metrics": record.metrics, "folder": str(folder)}, text)
+
+
+@app.command
+def export(run: str, folder: Path, *, common: Common = Common()) -> None:
+    """Write a run's model as a plain Hugging Face directory.
+
+    Parameters
+    ----------
+    run
+        The beginning of a run's digest (`maquette ls runs`).
+    folder
+        A new folder.
+    """
+    from maquette.study.models import export as write
+
+    store = common.store(read_only=True)
+    record = store.run(store.find(run))
+    digest = record.metrics.get("stages", [record.digest])[-1]
+    write(store.run_dir(digest), folder)
+    say(common, {"folder": str(folder)}, f"wrote {folder}")
