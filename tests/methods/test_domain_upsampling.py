@@ -17,6 +17,7 @@ from maquette.methods.data.domain_upsampling import (
     mix_at,
     normalised,
     source_values,
+    upsampled_share,
     without,
 )
 from maquette.parts import Clock
@@ -47,6 +48,12 @@ def test_schedule_and_constant_control_both_expect_156_of_1000_tokens():
     scheduled = sum(mix_at(t / 1000, P, Q, 0.2)["math"] for t in range(1000))
     assert scheduled == pytest.approx(156)
     assert 1000 * equal_total(P, Q, 0.2)["math"] == pytest.approx(156)
+
+
+@pytest.mark.parametrize(("done", "f"), [(3 / 10, 0.7), (3 / 7, 4 / 7), (1 / 9, 8 / 9)])
+def test_the_step_at_which_the_mix_changes_may_be_rounded_down(done, f):
+    assert done - (1 - f) < 0
+    assert upsampled_share(done, f) == 1.0
 
 
 def test_a_ramp_moves_half_of_its_length_back_to_the_base_mix():

@@ -67,7 +67,7 @@ def upsampled_share(done: float, f: float, ramp: float = 0.0) -> float:
     over = done - (1 - f)
     if over < -ROUNDING:
         return 0.0
-    return 1.0 if over >= ramp else max(0.0, over) / ramp
+    return 1.0 if over >= ramp - ROUNDING else max(0.0, over) / ramp
 
 
 def mix_at(
