@@ -130,7 +130,7 @@ class EnsembleDistillation(DataOp):
             "self-distillation reaches about 3.43, the regularised recipe's limit over sizes",
         ),
         defaults_from="Four times the tokens of the real text, temperature 1. The paper's shares "
-        "of sampled text are 0.75 and 0.9; how its text was drawn stands in no main text.",
+        "of sampled text are 0.75 and 0.9; its main text does not say how the text was drawn.",
         cost="The teacher's training is billed to `helper`, its sampling to `generator`; the "
         "student takes 1 / (1 - share) times the steps of its real epochs (`mixed_steps`).",
         when="When the ensemble is too dear to serve. Give the stage the feed `domain-upsampling` "
