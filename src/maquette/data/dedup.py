@@ -15,6 +15,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from maquette.data.mapped import release
+
 N_BINS = 128
 SHINGLE_WORDS = 5
 _CHUNK_BYTES = 1 << 20
@@ -215,6 +217,7 @@ def _linked(
         part = key[start : start + _ROWS]
         for column in block.T:
             part[:] = mix64(part + column + np.uint64(0x9E3779B97F4A7C15))
+        release(sigs)
     order = np.argsort(key, kind="stable")
     new_group = np.ones(len(order), bool)
     new_group[1:] = key[order][1:] != key[order][:-1]
@@ -228,4 +231,5 @@ def _linked(
     for start in range(0, len(left), _ROWS):
         here = slice(start, start + _ROWS)
         similar[here] = jaccard_estimate(sigs[left[here]], sigs[right[here]]) >= threshold
+        release(sigs)
     return left[similar], right[similar]
