@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
@@ -188,6 +188,10 @@ class DataOp(Part):
 
     def fit(self, sample: pa.Table, ctx: Ctx) -> State:
         return State()
+
+    def added(self, state: State) -> Iterable[pa.RecordBatch]:
+        """Documents of this part's own, which join the training part after all rows have passed."""
+        return ()
 
     @abstractmethod
     def apply(self, batch: pa.RecordBatch, state: State) -> pa.RecordBatch: ...
@@ -389,6 +393,10 @@ class Optim(Part):
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
         return logs
+
+    def diagnose(self, run: Run) -> dict[str, str]:
+        """Notes for the report on a finished run; `{}` when there is nothing to say."""
+        return {}
 
 
 class Surgery(Part):

@@ -397,7 +397,8 @@ def _finish(run: LiveRun, feeder: Feeder, selections: Selections, folder: Path) 
     warnings = {}
     if run.ctx.team.is_lead:
         logged = series(read_metrics(folder / "metrics.jsonl"))
-        warnings = run.objective.diagnose(logged) | selections.warnings()
+        warnings = run.stage.optim.diagnose(run) | run.objective.diagnose(logged)
+        warnings |= selections.warnings()
     facts = selections.facts()
     return Outcome(model.eval(), extra.eval(), run.ctx.ledger, run.step, warnings, facts)
 
