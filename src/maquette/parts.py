@@ -73,7 +73,11 @@ class Needs(Frozen):
     workloads: frozenset[str] = frozenset()
     """Workload types it can work on; empty means any."""
     scale: Scale = "fsdp"
-    """The widest kind of sharding it is correct under."""
+    """The widest kind of sharding it is correct under; the conformance suite tries it.
+
+    fsdp: it sees shares of weights and of gradients outside the loss (elementwise work on them is
+    fine), and whole weights inside it. ddp: every rank sees all of them. one: no other rank.
+    """
     columns: frozenset[str] = frozenset()
     """Document columns that must hold values (`year`, `domain`, a score)."""
     clashes: frozenset[str] = frozenset()
@@ -98,6 +102,10 @@ class Part(Frozen):
         """The part as plain data, every default written out; `parse_part` reads it back."""
         return {"type": type(self).type, **self.model_dump(mode="json")}
 
+    def widest_scale(self) -> Scale:
+        """The widest kind of sharding it is correct under with these options."""
+        return type(self).needs.scale
+
 
 class Run(Protocol):
     """The live run as an `Optim` sees it (implemented by `training.loop.LiveRun`)."""
@@ -119,6 +127,10 @@ class Run(Protocol):
         ...
 
     def trainable(self) -> list[nn.Parameter]: ...
+
+    def clip(self, limit: float) -> float:
+        """Scale the gradients so that their global norm is at most `limit`; returns the norm."""
+        ...
 
 
 # --- the slots -----------------------------------------------------------------------------------
@@ -150,6 +162,10 @@ class DataOp(Part):
 
     @abstractmethod
     def apply(self, batch: pa.RecordBatch, state: State) -> pa.RecordBatch: ...
+
+    def diagnose(self, state: State) -> dict[str, str]:
+        """Notes for the report from what was learnt; `{}` when there is nothing to say."""
+        return {}
 
 
 class Selector(Part):
@@ -309,12 +325,9 @@ class Optim(Part):
 
     def step(self, run: Run, microbatches: Sequence[Batch]) -> dict[str, float]:
         """One update: gradients, clipping, optimiser step. Returns logs."""
-        import torch
-
         logs = run.backward(microbatches)
         if self.clip is not None:
-            norm = torch.nn.utils.clip_grad_norm_(run.trainable(), self.clip)
-            logs["gradient_norm"] = float(norm)
+            logs["gradient_norm"] = run.clip(self.clip)
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
         return logs

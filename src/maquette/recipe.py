@@ -440,7 +440,7 @@ def _check_ensemble(stage: Stage, workload: str, where: object) -> None:
 
 # --- digests -------------------------------------------------------------------------------------
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the engine changes so that the same recipe no longer gives the same bits."""
 
 

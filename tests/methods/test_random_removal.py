@@ -79,3 +79,10 @@ def test_exactly_one_amount_must_be_given():
         RandomRemoval()
     with pytest.raises(BadInput, match="did you mean `drop-domain`"):
         RandomRemoval(like="drop-domein")
+
+
+def test_the_complement_is_the_other_side_of_the_same_partition():
+    one, other = RandomRemoval(fraction=0.3), RandomRemoval(fraction=0.3, complement=True)
+    assert (kept(one) == ~kept(other)).all()
+    assert kept(one).any()
+    assert kept(other).any()

@@ -11,7 +11,7 @@ from torch import nn
 
 from maquette.errors import RunFailed
 from maquette.training import checkpoint
-from maquette.training.checkpoint import flatten, unflatten
+from maquette.training.trees import flatten, unflatten
 
 tensors = st.sampled_from(
     [torch.arange(3), torch.ones(2, 2), torch.zeros((), dtype=torch.bool), torch.zeros(0)]

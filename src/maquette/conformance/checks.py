@@ -186,6 +186,16 @@ def _logits(model: Any, run: Run) -> Tensor:
     return logits.float()
 
 
+def check_two_ranks(cls: type[Part], world: World) -> None:
+    """Two ranks train it to the numbers of one process, at the scale it declares."""
+    from maquette.conformance.agreement import cases, disagreements
+
+    found = cases([cls], world)
+    if found:
+        for name, what in disagreements(found, world, world.folder / "ranks").items():
+            _need(not what, f"two ranks differ in {name}: {what}", cls)
+
+
 # --- audits and workloads ------------------------------------------------------------------------
 
 
@@ -260,6 +270,7 @@ def conform(
         checks.append(("bodies", lambda: check_bodies_agree(cls, world)))
     for slug in workloads_of(cls) if cls.kind in (*TRAINED_WITH, "audit") else ():
         checks += _checks_of_a_run(cls, given, world, slug)
+    checks.append(("two ranks", lambda: check_two_ranks(cls, world)))
     for name, check in checks:
         try:
             check()

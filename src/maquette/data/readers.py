@@ -39,7 +39,7 @@ class CorpusSpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     path: str
-    """A file or folder, `hub:owner/name[:split]`, or `python:[code|docstrings|descriptions]`."""
+    """A file or folder, `hub:owner/name[:split]`, or `python:` (`data/installed.py`)."""
     text_column: str = "text"
     domain_column: str | None = None
     """Column that names the domain; else the first sub-folder, or the file's stem."""

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from maquette.errors import BadInput
+from maquette.flow import Outline
 from maquette.parts import Batch, Clock, Optim
 from maquette.recipe import Budget
 from maquette.schedules import Horizon
@@ -39,7 +40,9 @@ class StepCosts:
     batches: dict[str, dict[str, float]] = field(default_factory=dict)
     updates: dict[str, float] = field(default_factory=dict)
 
-    def of(self, batches: Sequence[Batch], loss_phase: str, update_phase: str) -> dict[str, float]:
+    def of(
+        self, batches: Sequence[Batch | Outline], loss_phase: str, update_phase: str
+    ) -> dict[str, float]:
         """FLOPs by cause of one optimiser step over these micro-batches."""
         total = {"train": self.updates.get(update_phase, 0.0)}
         for batch in batches:
@@ -48,24 +51,34 @@ class StepCosts:
         return total
 
 
-def _key(batch: Batch, loss_phase: str) -> str:
+def _key(batch: Batch | Outline, loss_phase: str) -> str:
     return f"{loss_phase}{batch.signature}"
 
 
-def count_batches(run: LiveRun, batches: Sequence[Batch], phase: str) -> None:
-    """Count one eager forward and backward pass of every shape not met before in this phase."""
-    for piece, batch in enumerate(batches):
-        key = _key(batch, phase)
-        if key not in run.costs.batches:
-            run.costs.batches[key] = _flops_by_cause(
-                lambda piece=piece, batch=batch: run.loss_of(  # type: ignore[misc]
-                    batch.to(run.ctx.device), piece
-                ).total.backward(),
-                run.extra,
-                run.objective.causes,
-            )
-            for parameter in run.trainable():
-                parameter.grad = None
+def count_batches(run: LiveRun, batches: Sequence[Batch], phase: str) -> list[Outline]:
+    """Count one eager forward and backward pass of every shape not met before in this phase.
+
+    Returns the outlines of all ranks' batches. The ranks count in turns they share, because a
+    sharded pass needs them all, and tell each other what they counted.
+    """
+    outlines = run.outlines(batches)
+    team = run.ctx.team
+    for i, batch in enumerate(batches):
+        turn = outlines[i * team.size : (i + 1) * team.size]
+        if all(_key(outline, phase) in run.costs.batches for outline in turn):
+            continue
+        counted = _flops_by_cause(
+            lambda i=i, batch=batch: run.loss_of(  # type: ignore[misc]
+                batch.to(run.ctx.device), run.piece(i)
+            ).total.backward(),
+            run.extra,
+            run.objective.causes,
+        )
+        for outline, costs in zip(turn, team.gather(counted), strict=True):
+            run.costs.batches.setdefault(_key(outline, phase), costs)
+        for parameter in run.trainable():
+            parameter.grad = None
+    return outlines
 
 
 def _flops_by_cause(
@@ -93,8 +106,8 @@ def count_all(run: LiveRun, batches: Sequence[Batch]) -> float:
     trial.horizon = Horizon(LOSS_PHASE_GRID)
     per_step = []
     for trial.step in range(LOSS_PHASE_GRID):
-        count_batches(trial, batches, phases[trial.step])
-        per_step.append(sum(run.costs.of(batches, phases[trial.step], "").values()))
+        outlines = count_batches(trial, batches, phases[trial.step])
+        per_step.append(sum(run.costs.of(outlines, phases[trial.step], "").values()))
     run.step = 0
     if type(run.stage.optim).phase is not Optim.phase:
         _count_updates(_copy_of(run), batches)

@@ -68,10 +68,10 @@ class Feeder:
         # Mixed, or a micro-batch would hold one source only.
         return self.ctx.rng("order", step).permutation(starts)
 
-    def batches(self, step: int, share: slice = slice(None)) -> list[Batch]:
-        """This process's micro-batches of the step; `share` picks them (rank r of w: r::w)."""
+    def batches(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of the step: every `team.size`-th, from its own number on."""
         pieces = np.split(self.starts(step), self.stage.microbatches)
-        chosen = range(self.stage.microbatches)[share]
+        chosen = range(self.ctx.team.rank, self.stage.microbatches, self.ctx.team.size)
         return [self._collate(pieces[i], step, i) for i in chosen]
 
     def _collate(self, starts: np.ndarray, step: int, piece: int) -> Batch:
@@ -82,16 +82,14 @@ class Feeder:
         rng = self.ctx.rng("corrupt", step, piece)
         return self.stage.objective.collate(examples, self.ctx, rng)
 
-    def stream(
-        self, first: int, stop: int, share: slice = slice(None)
-    ) -> Iterator[tuple[int, list[Batch]]]:
+    def stream(self, first: int, stop: int) -> Iterator[tuple[int, list[Batch]]]:
         """(step, micro-batches) from `first` on; the next step is made while one is used."""
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="feeder") as worker:
-            waiting: Future[list[Batch]] = worker.submit(self.batches, first, share)
+            waiting: Future[list[Batch]] = worker.submit(self.batches, first)
             for step in range(first, stop):
                 batches = waiting.result()
                 if step + 1 < stop:
-                    waiting = worker.submit(self.batches, step + 1, share)
+                    waiting = worker.submit(self.batches, step + 1)
                 yield step, batches
 
     def realised_mix(self) -> dict[str, float]:

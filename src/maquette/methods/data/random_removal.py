@@ -11,7 +11,7 @@ Whether a document goes depends on a hash of its id and the seed, never on its p
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -76,6 +76,9 @@ print(sizes[removed].sum())  # 10000
     """Another data operation (`{type: quality-filter, ...}`): remove as many bytes as it drops."""
     seed: int = 0
     """Which documents go. Not the seed of the run: all runs of an arm share one corpus."""
+    complement: bool = False
+    """Remove the others instead: with and without it, the two sides of one partition, so that a
+    scorer or a teacher can learn from text that is not trained on."""
 
     @model_validator(mode="after")
     def _one_amount(self) -> RandomRemoval:
@@ -90,6 +93,10 @@ print(sizes[removed].sum())  # 10000
         from maquette.recipe import parse_part
 
         return parse_part(DataOp, self.like, key="like")  # type: ignore[type-abstract]
+
+    def reads(self) -> Mapping[str, str]:
+        """What the operation named by `like` reads."""
+        return self.model().reads() if self.like is not None else {}
 
     def digest_key(self) -> str:
         inner = self.model().digest_key() if self.like is not None else ""
@@ -134,4 +141,5 @@ print(sizes[removed].sum())  # 10000
 
     def apply(self, batch: pa.RecordBatch, state: State) -> pa.RecordBatch:
         gone = hash_uniform(ids_of(batch), seed_salt(self.seed)) < float(state.meta["bound"])
+        gone ^= self.complement
         return drop_rows(batch, {int(n): "random removal" for n in np.flatnonzero(gone)})
