@@ -79,7 +79,8 @@ class Needs(Frozen):
     """The widest kind of sharding it is correct under; the conformance suite tries it.
 
     fsdp: it sees shares of weights and of gradients outside the loss (elementwise work on them is
-    fine), and whole weights inside it. ddp: every rank sees all of them. one: no other rank.
+    fine), and whole weights inside it. ddp: every rank sees all of them. one: no other rank, as
+    where the loss keeps state from the micro-batches it has seen, of which a rank sees its own.
     """
     columns: frozenset[str] = frozenset()
     """Document columns that must hold values (`year`, `domain`, a score)."""

@@ -186,6 +186,7 @@ def test_a_sketch_holds_what_was_computed_and_keeps_the_order(tmp_path):
             ids = [f"d{n}" for n in range(4)][here]
             file.add(dedup.Sketch()(documents(ids, texts[here])))
         assert file.n_documents == 4
+        assert all(rows.flags.owndata for rows in (*file._keys, *file._exact))
         assert np.array_equal(file.keys(), hash_ids([f"d{n}" for n in range(4)]))
         equal = file.equal_texts()
         assert equal[0] == equal[1]

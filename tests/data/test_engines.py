@@ -86,7 +86,6 @@ def recipe(files):
     return {
         "data": [
             {"type": "toxicity-filter", "words_file": words, "threshold": 0.015},
-            {"type": "random-removal", "fraction": 0.1},
             {"type": "top-k", "column": "toxicity", "best": "lowest", "take": "60%"},
         ]
     }

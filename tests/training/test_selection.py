@@ -167,9 +167,9 @@ def test_no_row_is_looked_at_before_the_refresh_that_chooses_it(world):
     f = feeder(world)
     events, batches = [], f.batches
 
-    def spied(step, share=slice(None)):
+    def spied(step):
         events.append(("batches", step))
-        return batches(step, share)
+        return batches(step)
 
     f.batches = spied
     for step, _ in f.stream(0, 6, due={0, 3}, refresh=lambda s: events.append(("refresh", s))):

@@ -354,7 +354,8 @@ class SketchFile:
 
     def add(self, sketch: pa.RecordBatch) -> None:
         """Append what `Sketch` gave for the next batch."""
-        self._keys.append(sketch["key"].to_numpy())
+        # Copies: a view would keep the whole message of a worker alive, signatures and all.
+        self._keys.append(sketch["key"].to_numpy().copy())
         self._exact.append(_numbers(sketch["exact"], np.uint64, 2).copy())
         if "signature" in sketch.schema.names:
             self._file.write(_numbers(sketch["signature"], np.uint32, N_BINS).tobytes())
