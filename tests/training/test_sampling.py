@@ -9,6 +9,7 @@ from scipy import stats
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from maquette.training.attention import use_fast_attention
 from maquette.training.ensemble import LogitMean
 from maquette.training.sampling import Writing, draw, sample_documents, until, write_documents
 
@@ -101,8 +102,11 @@ def test_a_model_never_reads_more_than_its_context_and_long_documents_go_on():
 
 @pytest.mark.parametrize("context", [6, 64])
 @pytest.mark.parametrize("members", [1, 3])
-def test_the_cache_changes_nothing_but_the_work(context, members):
+@pytest.mark.parametrize("fast", [False, True])
+def test_the_cache_changes_nothing_but_the_work(context, members, fast):
     models = [llama(seed) for seed in range(members)]
+    for model in models if fast else ():
+        use_fast_attention(model, 64, torch.device("cpu"))
     model = LogitMean(models).eval() if members > 1 else models[0]
     how = Writing(END, END, 24, context, longest=20)
     cached = write_documents(model, 9, how, rng(5))
