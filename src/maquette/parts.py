@@ -265,6 +265,11 @@ class Feed(Part):
         """
         return None
 
+    def widest_scale(self) -> Scale:
+        # A look at the model ends in one file, and is taken by one process.
+        looks = type(self).refresh is not Feed.refresh
+        return "one" if looks else super().widest_scale()
+
     def refresh_steps(self, horizon: Horizon) -> tuple[int, ...]:
         """Steps (0-based) before which `refresh` is called."""
         return ()
@@ -395,7 +400,10 @@ class Optim(Part):
         return logs
 
     def diagnose(self, run: Run) -> dict[str, str]:
-        """Notes for the report on a finished run; `{}` when there is nothing to say."""
+        """Notes for the report on a finished run; `{}` when there is nothing to say.
+
+        Only rank 0 asks, so it must not exchange anything with others, as a norm of shares does.
+        """
         return {}
 
 
