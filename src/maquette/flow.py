@@ -116,6 +116,26 @@ class State:
 
 
 @dataclass(frozen=True)
+class Selection:
+    """Rows of the training part that a feed wants trained on, until its next refresh.
+
+    rows: row numbers, int64 of shape (K,); row r holds tokens r * window to (r + 1) * window - 1.
+    ordered: take them as they stand; otherwise in a permutation keyed by the run's seed.
+    once: no row may come again, here or in a later selection that says so; the rows must then last
+    until the next refresh. Without it they are gone through as often as needed.
+    facts: JSON-able report for the run's record. warnings: sentences for the study's report.
+    state: what later refreshes of this run need of it (`Run.selections`).
+    """
+
+    rows: np.ndarray
+    ordered: bool = False
+    once: bool = True
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    warnings: Mapping[str, str] = field(default_factory=dict)
+    state: State = field(default_factory=State)
+
+
+@dataclass(frozen=True)
 class FinishedStage:
     """A stage another one reads. folder: its run's own; `model/` in it is a plain Hugging Face
     directory, unless the stage cannot be merged back to one (an ensemble).

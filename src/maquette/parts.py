@@ -10,7 +10,8 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
@@ -18,7 +19,7 @@ from pydantic import Field, field_validator
 
 from maquette.config import Frozen
 from maquette.errors import BadInput, did_you_mean
-from maquette.flow import Batch, Clock, Ctx, Examples, Loss, State, Subject
+from maquette.flow import Batch, Clock, Ctx, Examples, Loss, Selection, State, Subject
 from maquette.schedules import Horizon, Schedule
 
 if TYPE_CHECKING:
@@ -31,10 +32,12 @@ if TYPE_CHECKING:
     from maquette.data.corpus import Corpus
     from maquette.data.selection import Limit
     from maquette.recipe import Size
+    from maquette.training.branch import Branch
 
 __all__ = [
     "KINDS", "Audit", "Batch", "Card", "Clock", "Ctx", "DataOp", "Decoder", "Examples", "Feed",
-    "Head", "Loss", "Needs", "Objective", "Optim", "Part", "Run", "Scale", "Selector", "State",
+    "Head", "Loss", "Needs", "Objective", "Optim", "Part", "Run", "Scale", "Selection", "Selector",
+    "State",
     "Subject", "Surgery", "Workload", "find", "load_all", "parts", "register",
 ]  # fmt: skip
 
@@ -76,7 +79,8 @@ class Needs(Frozen):
     """The widest kind of sharding it is correct under; the conformance suite tries it.
 
     fsdp: it sees shares of weights and of gradients outside the loss (elementwise work on them is
-    fine), and whole weights inside it. ddp: every rank sees all of them. one: no other rank.
+    fine), and whole weights inside it. ddp: every rank sees all of them. one: no other rank, as
+    where the loss keeps state from the micro-batches it has seen, of which a rank sees its own.
     """
     columns: frozenset[str] = frozenset()
     """Document columns that must hold values (`year`, `domain`, a score)."""
@@ -108,22 +112,47 @@ class Part(Frozen):
 
 
 class Run(Protocol):
-    """The live run as an `Optim` sees it (implemented by `training.loop.LiveRun`)."""
+    """The live run as an `Optim` or a `Feed` sees it (implemented by `training.loop.LiveRun`).
+
+    selections: what the feed selected so far, by the step from which it holds.
+    """
 
     model: PreTrainedModel
     extra: nn.ModuleDict
     optimizer: torch.optim.Optimizer
     horizon: Horizon
     ctx: Ctx
+    selections: dict[int, Selection]
 
     @property
     def objective(self) -> Objective: ...
+
+    @property
+    def rows(self) -> int:
+        """Rows of the training part that one optimiser step takes."""
+        ...
 
     @property
     def clock(self) -> Clock: ...
 
     def backward(self, microbatches: Sequence[Batch]) -> dict[str, float]:
         """Accumulate gradients of the mean loss over the micro-batches; returns averaged logs."""
+        ...
+
+    def loss_of(self, batch: Batch, piece: int) -> Loss:
+        """The objective's loss on one micro-batch, under this step's own random streams."""
+        ...
+
+    def update(self, microbatches: Sequence[Batch]) -> dict[str, float]:
+        """One optimiser step at this step's learning rate; returns logs. It is not billed."""
+        ...
+
+    def branch(self) -> AbstractContextManager[Branch]:
+        """A block in which steps on the live model may be tried; at its end all is as before.
+
+        Weights, buffers, gradients, optimiser state, random streams and train or eval mode come
+        back bit for bit; `Branch.restore` goes back to the start of the block in between.
+        """
         ...
 
     def trainable(self) -> list[nn.Parameter]: ...
@@ -159,6 +188,10 @@ class DataOp(Part):
 
     def fit(self, sample: pa.Table, ctx: Ctx) -> State:
         return State()
+
+    def added(self, state: State) -> Iterable[pa.RecordBatch]:
+        """Documents of this part's own, which join the training part after all rows have passed."""
+        return ()
 
     @abstractmethod
     def apply(self, batch: pa.RecordBatch, state: State) -> pa.RecordBatch: ...
@@ -212,15 +245,49 @@ class Selector(Part):
 
 
 class Feed(Part):
-    """Which source comes next while training, and how much of it."""
+    """Which source comes next while training and how much of it, or which rows.
+
+    A feed that looks at the model names the steps at which it does (`refresh_steps`) and selects
+    rows there (`refresh`). Between two refreshes the order is a function of seed and step.
+    """
 
     kind: ClassVar[str] = "feed"
+
+    def digest_key(self) -> str:
+        """Text that changes when what it reads besides the run's own corpus does; "" for none."""
+        return ""
 
     def mixture(self, clock: Clock, sources: Mapping[str, int]) -> Mapping[str, float] | None:
         """Fraction of the next step's tokens by source; None means: as the corpus has them.
 
         sources: tokens available by source. Must depend on `clock.fraction` and `clock.step` only,
         so that a resumed run can replay it.
+        """
+        return None
+
+    def widest_scale(self) -> Scale:
+        # A look at the model ends in one file, and is taken by one process.
+        looks = type(self).refresh is not Feed.refresh
+        return "one" if looks else super().widest_scale()
+
+    def refresh_steps(self, horizon: Horizon) -> tuple[int, ...]:
+        """Steps (0-based) before which `refresh` is called."""
+        return ()
+
+    def refresh(self, run: Run, clock: Clock) -> Selection | None:
+        """The rows from this step on; None goes on as before.
+
+        Must be a function of the run's state and seed, leave the run as it was (`run.branch`), and
+        bill what it does to `run.ctx.ledger`. The engine stores the selection before it is used:
+        a run that is resumed later replays it and does not ask again.
+        """
+        return None
+
+    def side_flops(self, run: Run) -> Callable[[int], float] | None:
+        """FLOPs that all refreshes cost, as a non-decreasing function of the run's steps.
+
+        run: a copy of the run before its first step, to count real passes on. A FLOP budget is
+        planned with it, so what it promises must be what the refreshes bill. None costs nothing.
         """
         return None
 
@@ -331,6 +398,13 @@ class Optim(Part):
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
         return logs
+
+    def diagnose(self, run: Run) -> dict[str, str]:
+        """Notes for the report on a finished run; `{}` when there is nothing to say.
+
+        Only rank 0 asks, so it must not exchange anything with others, as a norm of shares does.
+        """
+        return {}
 
 
 class Surgery(Part):

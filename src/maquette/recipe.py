@@ -463,4 +463,6 @@ def stage_digest(
     """
     spec = {k: v for k, v in stage.spec().items() if k not in ("name", "init", "reseed")}
     kind = stage.init.kind if stage.init else None
-    return digest("stage", spec, corpus, stage.seed(seed), kind, list(init), dict(reads or {}))
+    facts = [spec, corpus, stage.seed(seed), kind, list(init), dict(reads or {})]
+    read_by_feed = [key] if (key := stage.feed.digest_key()) else []
+    return digest("stage", *facts, *read_by_feed)

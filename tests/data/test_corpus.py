@@ -12,6 +12,7 @@ import torch
 
 from maquette.data import corpus as corpus_module
 from maquette.data.corpus import Corpus, CorpusSpec, DedupSpec, TokenizerSpec, prepare
+from maquette.data.documents import documents
 from maquette.errors import BadInput
 from maquette.flow import Ctx
 from maquette.training.ledger import Ledger
@@ -167,6 +168,28 @@ class DropPart:
         text = batch.schema.get_field_index("text")
         shouted = batch.set_column(text, batch.schema.field("text"), pc.utf8_upper(batch["text"]))
         return shouted.append_column("keep", keep).append_column("why", why)
+
+
+class AddPart(DropPart):
+    """Also rates what it keeps and adds a document of its own."""
+
+    def apply(self, batch: pa.RecordBatch, state: int) -> pa.RecordBatch:
+        rates = pa.array([0.5] * batch.num_rows)
+        return super().apply(batch, state).append_column("rate", rates)
+
+    def added(self, state: int) -> Any:
+        yield documents(["mine"], [f"written after {state} documents"], "mine")
+
+
+def test_documents_a_data_part_adds_join_the_training_part_behind_the_others(source, tmp_path):
+    spec = CorpusSpec(path=source, domain_column="part")
+    corpus = prepare(spec, BYTES, cache=tmp_path / "cache", ops=[AddPart("p0")])
+    rows = [row for batch in corpus.documents() for row in batch.to_pylist()]
+    assert [row["id"] for row in rows if row["rate"] is None] == ["mine"]
+    assert rows[-1]["text"].startswith("written after ")
+    assert corpus.domains == ("mine", "p1")
+    plain = prepare(spec, BYTES, cache=tmp_path / "cache")
+    assert set(ids(corpus, "held_out")) == set(ids(plain, "held_out"))
 
 
 def test_data_parts_change_the_training_part_only(source, tmp_path):

@@ -207,7 +207,7 @@ def test_given_scores_that_favour_code_select_code(ctx):
     assert state.meta["auc_of_strength"] == 0
 
 
-def test_losses_shuffled_for_each_document_select_by_chance(ctx):
+def test_losses_shuffled_for_each_document_leave_a_strength_that_is_chance(ctx):
     state, _ = run(PredictiveSelection(**OPTIONS, shuffle_ladder=1), ctx)
     assert 0.3 < state.meta["auc_of_strength"] < 0.7
     # Of a random order every pair is as often right as wrong.

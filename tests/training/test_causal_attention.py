@@ -50,9 +50,11 @@ def test_gradients_agree_with_finite_differences_across_blocks():
 def test_no_query_sees_a_later_key():
     q, k, v = (x.detach() for x in qkv(BLOCK + 9))
     before = ours(q, k, v)
-    k[:, :, BLOCK + 4 :] = torch.inf
-    v[:, :, BLOCK + 4 :] = torch.nan
-    assert torch.equal(ours(q, k, v)[:, :, :BLOCK], before[:, :, :BLOCK])
+    k[:, :, BLOCK + 4 :] = 1e3
+    v[:, :, BLOCK + 4 :] = 1e6
+    after = ours(q, k, v)
+    assert torch.equal(after[:, :, : BLOCK + 4], before[:, :, : BLOCK + 4])
+    assert not torch.equal(after[:, :, BLOCK + 4 :], before[:, :, BLOCK + 4 :])
 
 
 def test_bf16_is_as_close_to_the_truth_as_dense_attention_in_bf16_is():
@@ -95,8 +97,10 @@ def test_without_gradients_nothing_is_kept():
 
 
 def test_torchs_own_checks_of_an_operator_pass():
-    inputs = [x.detach().float().requires_grad_() for x in qkv(BLOCK + 3)]
-    torch.library.opcheck(torch.ops.maquette.causal_attention.default, (*inputs, 0.3))
+    _, k, v = (x.detach().float().requires_grad_() for x in qkv(11))
+    q_CBHQD = torch.randn(3, 2, 3, 4, 8, generator=torch.Generator().manual_seed(0))
+    inputs = (q_CBHQD.requires_grad_(), k, v, 0.3)
+    torch.library.opcheck(torch.ops.maquette.causal_attention.default, inputs)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from maquette import cli
 from maquette.conformance.ranks import environments
 from maquette.errors import BadInput, RunFailed
+from maquette.methods.data.as_is import AsIs
 from maquette.parts import Needs
 from maquette.recipe import parse_recipe
 from maquette.training import distributed
@@ -130,6 +131,15 @@ def test_a_part_for_one_process_is_refused_by_name(world, monkeypatch):
         check_ranks(found, Team(0, 2))
     assert error.value.key == "stages.train.objective"
     check_ranks(found, ALONE)
+
+
+def test_a_feed_that_looks_at_the_model_is_for_one_process():
+    class Looks(AsIs):
+        def refresh(self, run, clock):
+            return None
+
+    assert AsIs().widest_scale() == "fsdp"
+    assert Looks().widest_scale() == "one"
 
 
 def test_the_narrowest_part_decides_and_its_options_may_narrow_it(world):

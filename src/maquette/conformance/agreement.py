@@ -16,7 +16,7 @@ SHARDABLE = ("objective", "optim", "feed", "surgery")
 """Kinds of part that take part in a training step; data parts have done their work before."""
 TOLERANCE = 1e-4
 """Relative; sums in another order leave about 1e-7 after a few steps."""
-STEPS = 6
+STEPS = 5
 
 
 @dataclass(frozen=True)

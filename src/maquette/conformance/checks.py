@@ -27,6 +27,7 @@ from maquette.conformance.world import (
 from maquette.errors import BadInput, MaquetteError
 from maquette.parts import Audit, Objective, Part, Surgery, Workload
 from maquette.recipe import parse_part
+from maquette.schedules import Horizon
 from maquette.training.ledger import CAUSES, Ledger
 
 TRAINED_WITH = ("objective", "optim", "surgery", "feed", "data_op", "selector")
@@ -134,8 +135,12 @@ def check_same_bits(one: Run, other: Run, cls: type[Part]) -> None:
 
 
 def check_resume(world: World, cls: type[Part], data: Mapping[str, Any], whole: Run) -> None:
-    """N steps are k steps, a kill and N - k steps: early, before any checkpoint, and late."""
-    for after in (1, STEPS - 3):
+    """N steps are k steps, a kill and N - k steps: early, before any checkpoint, and late.
+
+    A feed that refreshes is killed just before and just after each refresh too.
+    """
+    due = whole.recipe.last.feed.refresh_steps(Horizon(STEPS))
+    for after in sorted({1, STEPS - 3, *due, *(step + 1 for step in due)} - {0, STEPS}):
         check_same_bits(whole, world.train_with_a_kill(data, after), cls)
 
 

@@ -116,22 +116,20 @@ def fit_hashed_classifier(
     column = _as_column(texts)
     balance = len(labels) / (2 * np.where(labels, n_positive, len(labels) - n_positive))
     fit = _AdaGrad(n_columns)
-    steps = epochs * -(-len(labels) // DOCUMENTS_PER_STEP)
-    done = 0
+    done, steps = 0, epochs * -(-len(labels) // DOCUMENTS_PER_STEP)
     for _ in range(epochs):
         order = rng.permutation(len(labels))
         for start in range(0, len(labels), DOCUMENTS_PER_STEP):
             chosen = order[start : start + DOCUMENTS_PER_STEP]
             some = column.take(pa.array(chosen))
-            rate, at = learning_rate * (1 - done / steps), 0
-            gradient = 0.0
+            at, gradient = 0, 0.0
             for columns, bounds in ngram_columns(some, n_columns, ngrams, words):
                 block = chosen[at : at + len(bounds) - 1]
                 gradient += fit.gather(columns, bounds, labels[block], balance[block])
                 at += len(bounds) - 1
                 if count is not None:
                     count(len(columns))
-            fit.step(rate, gradient)
+            fit.step(learning_rate * (1 - done / steps), gradient)
             done += 1
     return HashedClassifier(fit.weights, fit.bias, ngrams, words)
 

@@ -96,6 +96,11 @@ class PackedTokens:
             raise KeyError(f"no domain `{name}`; have {', '.join(self.domains)}")
         return self.domain_tokens[name]
 
+    def domains_at(self, places: np.ndarray) -> np.ndarray:
+        """Index into `domains` of the token at each place, same shape."""
+        document = np.searchsorted(self.doc_starts, places, side="right") - 1
+        return np.asarray(self.doc_domain[document])
+
     def document(self, i: int) -> np.ndarray:
         """Tokens of document i with its end mark, int64."""
         return self.tokens[self.doc_starts[i] : self.doc_starts[i + 1]].astype(np.int64)

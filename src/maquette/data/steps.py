@@ -127,6 +127,8 @@ def _apply(
             # A reason holds the row's own score; rows of one cut count together.
             why.update(_NUMBER.sub("…", r, count=1) for r in reasons.to_pylist())
             tell(f"data part {name}", out.bytes, None)
+        for batch in op.added(state) if hasattr(op, "added") else ():
+            out.write(table.aligned(batch, out.schema))
     return out, why, op.diagnose(state) if hasattr(op, "diagnose") else {}
 
 

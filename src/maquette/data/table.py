@@ -106,6 +106,16 @@ def sample(path: Path, limit: int) -> Iterator[pa.RecordBatch]:
         yield batch.filter(kept)
 
 
+def aligned(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    """The batch with the columns of `schema`: those it lacks are null, others are left out."""
+    have = set(batch.schema.names)
+    columns = [
+        batch[f.name].cast(f.type) if f.name in have else pa.nulls(batch.num_rows, f.type)
+        for f in schema
+    ]
+    return pa.record_batch(columns, schema=schema)
+
+
 def dropped(batch: pa.RecordBatch, why: Sequence[str] | pa.Array) -> pa.RecordBatch:
     """Rows for `dropped.parquet`: what was dropped and why, without the text."""
     columns = [batch[n].cast(DROPPED.field(n).type) for n in ("id", "domain", "year", "source")]

@@ -227,6 +227,7 @@ def _keep(outcome: Outcome, stage: Stage, ctx: Ctx, store: Store, name: str) -> 
             "steps": outcome.steps,
             "warnings": {**ctx.corpus.card["warnings"], **outcome.warnings},  # type: ignore[union-attr]
             "peak_memory": ctx.ledger.peak_memory,
+            **({"refreshes": outcome.refreshes} if outcome.refreshes else {}),
         },
         machine=machine_facts(ctx.device, ctx.team),
     )

@@ -15,12 +15,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 BLOCK = 64
-"""Queries of a block: with fewer, products get too small to run at the processor's rate
-(`benchmarks/attention.py`)."""
+"""Most queries of a block: with fewer, products get too small to run at the processor's rate."""
 
 
 def causal_attention(
@@ -39,73 +39,86 @@ def causal_attention(
     if not query_BHTD.dtype == key_BHTD.dtype == value_BHTD.dtype:
         kinds = ", ".join(str(x.dtype) for x in (query_BHTD, key_BHTD, value_BHTD))
         raise ValueError(f"query, key and value must have one type, got {kinds}")
-    # Laid out here and not in the operator, so that a compiler fuses the copies with what is near.
-    inputs = (x.contiguous() for x in (query_BHTD, key_BHTD, value_BHTD))
-    out_BHTD: Tensor = torch.ops.maquette.causal_attention(*inputs, scale)[0]
-    return out_BHTD
+    T = query_BHTD.shape[2]
+    n_blocks = -(-T // BLOCK)
+    size = -(-T // n_blocks)
+    # Blocks are laid out one after another, or each product would copy its operands first; here
+    # and not in the operator, so that a compiler fuses the layout with what makes the queries.
+    padded_BHTD = F.pad(query_BHTD, (0, 0, 0, n_blocks * size - T))
+    q_CBHQD = padded_BHTD.unflatten(2, (n_blocks, size)).permute(2, 0, 1, 3, 4).contiguous()
+    out_CBHQD: Tensor = torch.ops.maquette.causal_attention(
+        q_CBHQD, key_BHTD.contiguous(), value_BHTD.contiguous(), scale
+    )[0]
+    return out_CBHQD.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :T]
 
 
-def _blocks(length: int) -> list[tuple[int, int]]:
-    """(first query, end) of each block; its keys are those before the end."""
-    return [(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
+def _ends(n_blocks: int, size: int, length: int) -> list[int]:
+    """How many keys each block sees; the last block's queries may go on past the last key."""
+    return [min((block + 1) * size, length) for block in range(n_blocks)]
 
 
-def _n_weights(length: int) -> int:
-    """Attention weights of one head, over all blocks."""
-    return sum((end - start) * end for start, end in _blocks(length))
-
-
-def _weights_of_blocks(weights: Tensor, n: int, length: int) -> Iterator[tuple[int, int, Tensor]]:
-    """(start, end, weights (n, end - start, end)) of each block, as views of the flat tensor."""
+def _weights_of_blocks(weights: Tensor, q: Tensor, length: int) -> Iterator[tuple[int, Tensor]]:
+    """(keys seen, weights (N, Q, S)) of each block, as views of one flat tensor."""
+    C, B, H, Q, _ = q.shape
     at = 0
-    for start, end in _blocks(length):
-        size = n * (end - start) * end
-        yield start, end, weights[at : at + size].view(n, end - start, end)
-        at += size
+    for end in _ends(C, Q, length):
+        yield end, weights[at : at + B * H * Q * end].view(B * H, Q, end)
+        at += B * H * Q * end
+
+
+def _new_weights(q: Tensor, length: int) -> Tensor:
+    C, B, H, Q, _ = q.shape
+    return q.new_empty(B * H * Q * sum(_ends(C, Q, length)))
 
 
 @torch.library.custom_op("maquette::causal_attention", mutates_args=())
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(output (B, H, T, D), the weights of all blocks, flat) of contiguous inputs."""
-    T = q.shape[2]
-    q_NTD, k_NTD, v_NTD = (x.flatten(0, 1) for x in (q, k, v))
-    N = q_NTD.shape[0]
-    out_NTD = torch.empty_like(q_NTD)
-    weights = q.new_empty(N * _n_weights(T))
-    hidden = q.new_full((BLOCK, BLOCK), float("-inf")).triu_(1)
-    for start, end, weights_NCS in _weights_of_blocks(weights, N, T):
-        scores_NCS = torch.empty_like(weights_NCS)
+    """(output (C, B, H, Q, D), the weights of all blocks, flat) of contiguous inputs.
+
+    q: C blocks of Q queries, (C, B, H, Q, D). k, v: (B, H, T, D).
+    """
+    T, size = k.shape[2], q.shape[3]
+    out, weights = torch.empty_like(q), _new_weights(q, T)
+    k_NTD, v_NTD = k.flatten(0, 1), v.flatten(0, 1)
+    hidden = q.new_full((size, size), float("-inf")).triu_(1)
+    for block, (end, p_NQS) in enumerate(_weights_of_blocks(weights, q, T)):
+        q_NQD, out_NQD, first = q[block].flatten(0, 1), out[block].flatten(0, 1), block * size
         # With a beta of 0 nothing is read of what the product is written to.
-        scores_NCS.baddbmm_(q_NTD[:, start:end], k_NTD[:, :end].mT, beta=0, alpha=scale)
-        scores_NCS[:, :, start:] += hidden[: end - start, : end - start]
-        torch.softmax(scores_NCS, -1, out=weights_NCS)
-        torch.bmm(weights_NCS, v_NTD[:, :end], out=out_NTD[:, start:end])
-    return out_NTD.view(q.shape), weights
+        scores_NQS = torch.empty_like(p_NQS)
+        scores_NQS.baddbmm_(q_NQD, k_NTD[:, :end].mT, beta=0, alpha=scale)
+        scores_NQS[:, :, first:] += hidden[:, : end - first]
+        torch.softmax(scores_NQS, -1, out=p_NQS)
+        torch.bmm(p_NQS, v_NTD[:, :end], out=out_NQD)
+    return out, weights
 
 
 @torch.library.custom_op("maquette::causal_attention_backward", mutates_args=())
 def _attend_backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value."""
-    T = q.shape[2]
-    q_NTD, k_NTD, v_NTD, d_out_NTD = (x.flatten(0, 1) for x in (q, k, v, d_out))
-    d_q, d_k, d_v = torch.empty_like(q_NTD), torch.empty_like(k_NTD), torch.empty_like(v_NTD)
+    """Gradients of query blocks, key and value."""
+    T = k.shape[2]
+    k_NTD, v_NTD = k.flatten(0, 1), v.flatten(0, 1)
+    d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k_NTD), torch.empty_like(v_NTD)
     # The last block first: it sees every key, so it writes what the others add to.
-    for start, end, p_NCS in reversed(list(_weights_of_blocks(weights, q_NTD.shape[0], T))):
-        d_out_NCD, q_NCD = d_out_NTD[:, start:end], q_NTD[:, start:end]
-        d_p_NCS = torch.bmm(d_out_NCD, v_NTD[:, :end].mT)
-        d_scores_NCS = torch.ops.aten._softmax_backward_data(d_p_NCS, p_NCS, -1, p_NCS.dtype)
-        d_q[:, start:end].baddbmm_(d_scores_NCS, k_NTD[:, :end], beta=0, alpha=scale)
-        keep = 0 if end == T else 1
-        d_k[:, :end].baddbmm_(d_scores_NCS.mT, q_NCD, beta=keep, alpha=scale)
-        d_v[:, :end].baddbmm_(p_NCS.mT, d_out_NCD, beta=keep)
-    return d_q.view(q.shape), d_k.view(k.shape), d_v.view(v.shape)
+    blocks = list(enumerate(_weights_of_blocks(weights, q, T)))
+    for block, (end, p_NQS) in reversed(blocks):
+        d_out_NQD, q_NQD = d_out[block].flatten(0, 1), q[block].flatten(0, 1)
+        d_p_NQS = torch.bmm(d_out_NQD, v_NTD[:, :end].mT)
+        d_scores_NQS = torch.ops.aten._softmax_backward_data(d_p_NQS, p_NQS, -1, p_NQS.dtype)
+        d_q[block].flatten(0, 1).baddbmm_(d_scores_NQS, k_NTD[:, :end], beta=0, alpha=scale)
+        if end == T:
+            d_k.baddbmm_(d_scores_NQS.mT, q_NQD, beta=0, alpha=scale)
+            torch.bmm(p_NQS.mT, d_out_NQD, out=d_v)
+        else:
+            d_k[:, :end].add_(torch.bmm(d_scores_NQS.mT, q_NQD), alpha=scale)
+            d_v[:, :end].add_(torch.bmm(p_NQS.mT, d_out_NQD))
+    return d_q, d_k.view(k.shape), d_v.view(v.shape)
 
 
 @_attend.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), q.new_empty(q.shape[0] * q.shape[1] * _n_weights(q.shape[2]))
+    return torch.empty_like(q), _new_weights(q, k.shape[2])
 
 
 @_attend_backward.register_fake
@@ -134,12 +147,12 @@ _attend.register_autograd(_backward, setup_context=_keep)
 
 
 @register_flop_formula(torch.ops.maquette.causal_attention)
-def _flops(q: Any, *args: Any, **kwargs: Any) -> int:
+def _flops(q: Any, k: Any, *args: Any, **kwargs: Any) -> int:
     """Two products of full T x T tables."""
-    B, H, T, D = q
+    B, H, T, D = k
     return 4 * B * H * T * T * D
 
 
 @register_flop_formula(torch.ops.maquette.causal_attention_backward)
-def _backward_flops(d_out: Any, *args: Any, **kwargs: Any) -> int:
-    return 2 * _flops(d_out)
+def _backward_flops(d_out: Any, q: Any, k: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * _flops(q, k)

@@ -52,6 +52,9 @@ def linear_cross_entropy(
     rows = default_chunk(weight_VD.shape[0], hidden_ND.device) if chunk is None else chunk
     if rows < 1:
         raise ValueError(f"chunk must be at least 1, got {rows} (rows of logits held at once)")
+    if not torch.is_grad_enabled():
+        # A function is told that a weight takes a gradient even where none is recorded.
+        weight_VD, bias = weight_VD.detach(), None if bias is None else bias.detach()
     kind = hidden_ND.device.type
     casts = torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if casts else weight_VD.dtype

@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,18 +23,26 @@ from maquette.data.corpus import Corpus
 from maquette.data.order import stream_seed
 from maquette.errors import RunFailed
 from maquette.flow import Outline
-from maquette.parts import Batch, Clock, Ctx, Loss, Objective
+from maquette.parts import Batch, Clock, Ctx, Loss, Objective, Optim, Selection
 from maquette.recipe import Stage
 from maquette.schedules import Horizon
 from maquette.training import checkpoint
+from maquette.training.branch import Branch, branch
 from maquette.training.compiled import broken_compiler, maybe_compile, pays
-from maquette.training.cost import StepCosts, count_all, count_batches, plan_horizon
+from maquette.training.cost import (
+    StepCosts,
+    count_all,
+    count_batches,
+    count_refreshes,
+    plan_horizon,
+)
 from maquette.training.feeding import Feeder
 from maquette.training.held_out import HeldOutLoss
 from maquette.training.ledger import Ledger
 from maquette.training.memory import peak_memory, reset_peak_memory
 from maquette.training.metrics import MetricsFile, read_metrics, series
 from maquette.training.precision import Precision, choose_precision
+from maquette.training.selection import Selections
 from maquette.training.sharding import Replicated, Spread, clip_gradients, spread_over
 
 log = logging.getLogger(__name__)
@@ -70,9 +79,9 @@ class Progress:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished stage: the trained modules, what it cost, and warnings for the report.
+    """A finished stage: the trained modules, what it cost, and what its record and report say.
 
-    Of several ranks only the lead's is complete.
+    Of several ranks only the lead's is complete. refreshes: what the feed reported, by step.
     """
 
     model: PreTrainedModel
@@ -80,11 +89,12 @@ class Outcome:
     ledger: Ledger
     steps: int
     warnings: dict[str, str]
+    refreshes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class LiveRun:
-    """A run in progress; what an `Optim` may look at (`parts.Run`)."""
+    """A run in progress; what an `Optim` or a `Feed` may look at (`parts.Run`)."""
 
     stage: Stage
     model: PreTrainedModel
@@ -102,10 +112,15 @@ class LiveRun:
     seconds: float = 0.0
     live: float | None = None
     compiled: str = "off"
+    selections: dict[int, Selection] = field(default_factory=dict)
 
     @property
     def objective(self) -> Objective:
         return self.stage.objective
+
+    @property
+    def rows(self) -> int:
+        return self.stage.rows
 
     @property
     def clock(self) -> Clock:
@@ -163,6 +178,19 @@ class LiveRun:
         """Scale the gradients so that their global norm is at most `limit`; returns the norm."""
         return clip_gradients(self.trainable(), limit)
 
+    def update(self, microbatches: Sequence[Batch]) -> dict[str, float]:
+        """One optimiser step at this step's learning rate."""
+        factor = self.stage.optim.rate_factor(self.step, self.horizon)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        return self.stage.optim.step(self, microbatches)
+
+    def branch(self) -> AbstractContextManager[Branch]:
+        """A block whose steps are taken back, bit for bit."""
+        # Only an optimiser with a step of its own changes weights that take no gradient.
+        own_step = type(self.stage.optim).step is not Optim.step
+        return branch((self.model, self.extra), self.optimizer, frozen=own_step)
+
 
 def train(
     stage: Stage,
@@ -186,18 +214,21 @@ def train(
     team = ctx.team
     saved = team.lead(lambda: checkpoint.newest(folder / "state"))
     run, feeder = start(stage, corpus, model, ctx, precision, settings, saved)
+    selections = Selections(run, feeder, folder / "state")
     metrics = MetricsFile(folder / "metrics.jsonl", run.step, writes=team.is_lead)
     look = HeldOutLoss(stage, corpus.held_out, ctx, settings.live_rows)
     looks = {
         round(i * run.horizon.steps / settings.live_points) for i in range(settings.live_points)
     }
     saved_at = time.monotonic()
-    for step, batches in feeder.stream(run.step, run.horizon.steps):
+    for step, batches in feeder.stream(
+        run.step, run.horizon.steps, due=selections.due, refresh=selections.refresh
+    ):
         if step in looks:
             run.live = look(run)
             metrics.write({"step": step, **_totals(run), "held_out_loss": run.live})
         began = time.perf_counter()
-        logs = _update(run, batches)
+        logs = run.update(batches)
         _bill(run, batches, time.perf_counter() - began)
         if not all(math.isfinite(v) for v in logs.values()):
             metrics.close()
@@ -214,7 +245,7 @@ def train(
     run.live = look(run)
     metrics.write({"step": run.step, **_totals(run), "held_out_loss": run.live})
     metrics.close()
-    return _finish(run, feeder, folder)
+    return _finish(run, feeder, selections, folder)
 
 
 def leave(
@@ -289,6 +320,7 @@ def _plan(run: LiveRun, feeder: Feeder, settings: Settings) -> None:
     """Count a step and set the horizon from it."""
     batches = feeder.batches(0)
     flops = count_all(run, batches)
+    side = count_refreshes(run)
     horizon = plan_horizon(
         run.stage.budget,
         flops,
@@ -296,19 +328,12 @@ def _plan(run: LiveRun, feeder: Feeder, settings: Settings) -> None:
         timed_step=lambda: run.backward(batches),
         steps_per_epoch=feeder.n_rows / run.stage.rows,
         usd_per_hour=settings.usd_per_hour,
+        side_flops=side,
     )
     # A budget of seconds is timed, and every rank times its own.
     run.horizon = run.ctx.team.lead(lambda: horizon)
     for parameter in run.trainable():
         parameter.grad = None
-
-
-def _update(run: LiveRun, batches: Sequence[Batch]) -> dict[str, float]:
-    """One optimiser step at this step's learning rate."""
-    factor = run.stage.optim.rate_factor(run.step, run.horizon)
-    for group in run.optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
-    return run.stage.optim.step(run, batches)
 
 
 def _bill(run: LiveRun, batches: Sequence[Batch], seconds: float) -> None:
@@ -362,7 +387,7 @@ def _restore(run: LiveRun, saved: checkpoint.Saved) -> None:
     run.ctx.ledger.add(Ledger.from_dict(clock["ledger"]))
 
 
-def _finish(run: LiveRun, feeder: Feeder, folder: Path) -> Outcome:
+def _finish(run: LiveRun, feeder: Feeder, selections: Selections, folder: Path) -> Outcome:
     peak = max(run.ctx.team.gather(peak_memory(run.ctx.device)))
     run.ctx.ledger.peak_memory = max(run.ctx.ledger.peak_memory, peak)
     run.spread.check_agreement((run.model, run.extra))
@@ -371,8 +396,11 @@ def _finish(run: LiveRun, feeder: Feeder, folder: Path) -> Outcome:
         log.info("realised mix: %s", ", ".join(f"{k} {v:.2%}" for k, v in mix.items()))
     warnings = {}
     if run.ctx.team.is_lead:
-        warnings = run.objective.diagnose(series(read_metrics(folder / "metrics.jsonl")))
-    return Outcome(model.eval(), extra.eval(), run.ctx.ledger, run.step, warnings)
+        logged = series(read_metrics(folder / "metrics.jsonl"))
+        warnings = run.stage.optim.diagnose(run) | run.objective.diagnose(logged)
+        warnings |= selections.warnings()
+    facts = selections.facts()
+    return Outcome(model.eval(), extra.eval(), run.ctx.ledger, run.step, warnings, facts)
 
 
 def _not_a_number(logs: dict[str, float], step: int, folder: Path) -> RunFailed:

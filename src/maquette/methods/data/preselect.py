@@ -23,7 +23,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from maquette.data.documents import hash_ids
+from maquette.data.documents import hash64, hash_ids
 from maquette.data.domain_groups import matches
 from maquette.data.hashed_classifier import (
     FLOPS_OF_A_TERM,
@@ -58,7 +58,7 @@ from maquette.evaluation.text_bits import FrozenModel, finished_stage, model_fol
 from maquette.parts import Card, Ctx, DataOp, Needs, State, register
 
 NAME = "preselect"
-SEEDS, TARGET = b"preselect.seeds", b"preselect.target"
+SEEDS, TARGET, SHUFFLED = b"preselect.seeds", b"preselect.target", b"preselect.mixed"
 RESERVED = "preselect learnt from this document"
 SATURATED = 0.5
 """Share of documents tied at S = 0 or S = 1 from which the ladder tells too little."""
@@ -259,9 +259,10 @@ print(scorer.scores(["the theorem", "buy here"]).round(2), scorer.influence(["th
     shuffle_ladder: int | None = Field(None, ge=0)
     """Control: losses or scores are shuffled between the models, with this seed."""
     shuffle: Shuffle = "each"
-    """`each`: the losses on every seed document by themselves, so that S is chance and so is the
-    selection. `once`: the scores, in one order that turns half of the pairs; the losses against
-    any one order still tell kinds of text apart, so this may favour or avoid the target."""
+    """`each`: the losses on every seed document by themselves, so that S is chance. The classifier
+    then follows an arbitrary direction of the text, another one for every ladder: it favours or
+    avoids the target in one run and helps in none on average. `once`: the scores, in one order
+    that turns half of the pairs; losses against any one order still tell kinds of text apart."""
 
     @model_validator(mode="after")
     def _complete(self) -> PredictiveSelection:
@@ -325,7 +326,10 @@ print(scorer.scores(["the theorem", "buy here"]).round(2), scorer.influence(["th
         scores = self._benchmark(measured.bits_ND[:, n:], size[n:])
         losses_ND = measured.bits_ND[:, :n] / size[:n]
         if self.shuffle_ladder is not None and self.shuffle == "each":
-            losses_ND = np.random.default_rng(self.shuffle_ladder).permuted(losses_ND, axis=0)
+            # Of the models too, or all seeds of a study would draw the same labels.
+            drawn = hash64("".join(m.digest for m in models), SHUFFLED)
+            rng = np.random.default_rng([self.shuffle_ladder, drawn])
+            losses_ND = rng.permuted(losses_ND, axis=0)
         with _explained("ladder"):
             strength = predictive_strength(
                 losses_ND,

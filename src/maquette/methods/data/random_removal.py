@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from maquette.data.documents import byte_lengths
+from maquette.data.readers import parse_size
 from maquette.data.scores import Mask, drop_rows, hash_bound, hash_uniform, ids_of, kept_rows
 from maquette.errors import BadInput
 from maquette.parts import Card, Ctx, DataOp, State, register
@@ -72,6 +73,8 @@ print(sizes[removed].sum())  # 10000
 
     fraction: float | None = Field(None, gt=0, lt=1)
     """Fraction of the bytes to remove."""
+    keep: str | None = None
+    """Bytes of text to leave (`64KB`), for a run whose data are few: the held-out part stays."""
     like: dict[str, Any] | str | None = None
     """Another data operation (`{type: quality-filter, ...}`): remove as many bytes as it drops."""
     seed: int = 0
@@ -82,8 +85,12 @@ print(sizes[removed].sum())  # 10000
 
     @model_validator(mode="after")
     def _one_amount(self) -> RandomRemoval:
-        if (self.fraction is None) == (self.like is None):
-            raise ValueError("give either `fraction` (of the bytes) or `like` (another operation)")
+        if sum(given is not None for given in (self.fraction, self.keep, self.like)) != 1:
+            raise ValueError(
+                "give one of `fraction` (of the bytes), `keep` (bytes) and `like` (an operation)"
+            )
+        if self.keep is not None:
+            parse_size(self.keep)
         if self.like is not None:
             self.model()
         return self
@@ -113,6 +120,14 @@ print(sizes[removed].sum())  # 10000
         total = int(sizes.sum())
         if self.like is not None:
             target = self._removed_by_model(sample, ctx)
+        elif self.keep is not None:
+            target = float(total - parse_size(self.keep))
+            if target < 0:
+                raise BadInput(
+                    f"{self.keep} is more than the {total} bytes there are",
+                    key="keep",
+                    mend="keep less, or give a larger corpus",
+                )
         else:
             target = (self.fraction or 0.0) * total
         if target >= total:
