@@ -30,7 +30,7 @@ needs_ray = pytest.mark.skipif(
 )
 CLUSTER = """
 import sys, ray
-here = ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 << 20)
+here = ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=100 << 20)
 print(here.address_info["gcs_address"], flush=True)
 sys.stdin.read()
 ray.shutdown()
@@ -52,7 +52,9 @@ def cluster():
             text=True,
         )
         try:
-            yield process.stdout.readline().strip()
+            address = process.stdout.readline().strip()
+            assert address, "Ray did not start"
+            yield address
         finally:
             process.communicate("")
 
@@ -247,7 +249,7 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(
 
 @needs_daft
 @needs_ray
-@pytest.mark.parametrize("address", ["head", "http://head:80", "head:port", ""])
+@pytest.mark.parametrize("address", ["head", "ray://head:10001", "head:port", ""])
 def test_what_is_no_address_is_refused(address, tmp_path):
     with pytest.raises(BadInput, match="not the address of a Ray cluster"):
         open_engine("daft", address, shared=tmp_path)
@@ -285,11 +287,13 @@ def test_a_node_that_cannot_do_the_same_work_is_refused(tmp_path):
 OTHER_VERSION = """
 import sys, maquette, pathlib
 from maquette.data.engines.daft import Setup
-from maquette.data.engines.daft_process import join_cluster
+from maquette.data.engines.daft_process import check_nodes, connect
 from maquette.errors import BadInput
 maquette.__version__ = "99.0.0"
+setup = Setup(pathlib.Path(sys.argv[1]), sys.argv[2], 2)
+connect(setup)
 try:
-    join_cluster(Setup(pathlib.Path(sys.argv[1]), sys.argv[2], 2))
+    check_nodes(setup)
 except BadInput as error:
     print(error)
 """

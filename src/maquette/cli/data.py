@@ -30,7 +30,7 @@ def curate(
     engine
         in-process, or daft: all cores of this machine. The files are the same to the byte.
     ray
-        With daft, a Ray cluster: HOST:PORT, ray://HOST:PORT, auto, or local.
+        With daft, the Ray cluster this machine is a node of: HOST:PORT, auto, or local.
     """
     from maquette.config import load_yaml
     from maquette.study.curation import curate_to

@@ -67,9 +67,9 @@ class InProcess:
 def open_engine(name: str = "in-process", ray: str | None = None, *, shared: Path) -> Engine:
     """The engine of this name. Daft's process starts with the first `with`.
 
-    ray: address of a Ray cluster for Daft (`HOST:PORT`, `ray://HOST:PORT`, `auto`, or `local` for
-    one on this machine); None uses the cores of this machine. shared: folder with the files that
-    are mapped over, which every node of a cluster must see under the same path.
+    ray: address of the Ray cluster that this machine is a node of (`HOST:PORT` or `auto`), or
+    `local` to start one here; None uses the cores of this machine. shared: folder with the files
+    that are mapped over, which every node of a cluster must see under the same path.
     Raises BadInput for an unknown name, an address without Daft, or an extra that is missing.
     """
     if name not in NAMES:

@@ -40,7 +40,7 @@ QUIET = {
     "RAY_TQDM": "0",
 }
 """Set before Daft or Ray is imported: neither phones home nor draws over our own progress."""
-_ADDRESS = re.compile(r"(ray://)?[^\s:/]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}|auto|local")
+_ADDRESS = re.compile(r"[^\s:/]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}|auto|local")
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class DaftEngine:
             raise BadInput(
                 f"`{ray}` is not the address of a Ray cluster",
                 key="--ray",
-                mend="HOST:6379, ray://HOST:10001, auto, or local",
+                mend="HOST:6379 of a cluster that this machine is a node of, auto, or local",
             )
         self.setup = Setup(shared.absolute(), ray, workers or _cores())
         self._process: subprocess.Popen[bytes] | None = None
@@ -86,21 +86,20 @@ class DaftEngine:
         try:
             self._send(self.setup)
             self._receive()  # what takes long, importing Daft and Ray, is done
-            self._connect()
+            if self.setup.ray is not None:
+                self._connect(self.setup.ray)
+            self._receive()  # the runner is ready
         except BaseException:
             self._end(wait=False)
             raise
         return self
 
-    def _connect(self) -> None:
-        """Wait for the runner; a cluster that keeps us waiting is given up by ending the process.
+    def _connect(self, address: str) -> None:
+        """Wait for the cluster; one that keeps us waiting is given up by ending the process.
 
         Nothing else interrupts the client of a cluster that accepts a connection and is silent.
         """
-        if self.setup.ray is None:
-            self._receive()
-            return
-        limit = START_SECONDS if self.setup.ray == LOCAL else ANSWER_SECONDS
+        limit = START_SECONDS if address == LOCAL else ANSWER_SECONDS
         late = threading.Event()
 
         def give_up() -> None:
@@ -115,7 +114,7 @@ class DaftEngine:
             if not late.is_set():
                 raise
             raise BadInput(
-                f"no Ray cluster answered at `{self.setup.ray}` within {limit:g} seconds",
+                f"no Ray cluster answered at `{address}` within {limit:g} seconds",
                 key="--ray",
                 mend="check the address (`ray status` on the head node prints it) and the "
                 "firewall, or leave `--ray` out to use this machine",

@@ -7,6 +7,7 @@ one binary value, so that neither the types nor the boundaries of the batches ar
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pickle
@@ -78,31 +79,37 @@ def in_order(numbered: Iterator[tuple[int, Any]], n: int) -> Iterator[Any]:
 # --- the cluster ---------------------------------------------------------------------------------
 
 
-def join_cluster(setup: Setup) -> int:
-    """Connect to the cluster, check every node of it, and return its number of cores.
-
-    Raises BadInput if it cannot be joined, or a node has another version of Maquette or Daft, or
-    does not see the shared folder.
-    """
-    import daft
+def connect(setup: Setup) -> None:
+    """Connect to the cluster. Raises BadInput if it cannot be joined."""
     import ray
 
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        ray.init(
-            address=setup.ray, log_to_driver=False, logging_level=logging.ERROR, **_local(setup)
-        )
+        ray.init(address=setup.ray, **quiet, **_local(setup))
     except Exception as error:
         raise BadInput(
             f"cannot join the Ray cluster at `{setup.ray}` ({_first_line(error)})",
             key="--ray",
-            mend="check the address, and that this machine has the cluster's versions of Python "
-            "and Ray and its authentication token",
+            mend="run this on a node of the cluster, with its versions of Python and Ray and its "
+            "authentication token",
         ) from None
+
+
+def check_nodes(setup: Setup) -> int:
+    """Check every node of the cluster and return its number of cores.
+
+    Raises BadInput if a node has another version of Maquette or Daft, or does not see the shared
+    folder.
+    """
+    import daft
+    import ray
+
+    ours = (maquette.__version__, str(daft.__version__))
     token = setup.shared / f"seen-by-all-{uuid.uuid4().hex}"
     token.touch()
     try:
         for node, found in _ask_every_node(str(token)):
-            check_node(node, *found, ours=(maquette.__version__, daft.__version__), setup=setup)
+            check_node(node, *found, ours=ours, setup=setup)
     finally:
         token.unlink()
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
@@ -193,7 +200,9 @@ def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
             workers = setup.workers
             daft.set_runner_native(num_threads=workers)
         else:
-            workers = join_cluster(setup)
+            connect(setup)
+            answer("connected")
+            workers = check_nodes(setup)
             daft.set_runner_ray(noop_if_initialized=True)
         answer("ready")
         while True:
@@ -205,7 +214,8 @@ def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
                 answer(unwrapped(result))
             answer(None)
     except BaseException as error:
-        answer(error)
+        with contextlib.suppress(BrokenPipeError):  # nobody is there to be told
+            answer(error)
 
 
 def main() -> None:
