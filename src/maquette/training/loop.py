@@ -328,7 +328,7 @@ def _finish(run: LiveRun, feeder: Feeder, folder: Path) -> Outcome:
         run.extra.eval(),
         run.ctx.ledger,
         run.step,
-        run.objective.diagnose(logged),
+        {**run.objective.diagnose(logged), **checkpoint.damage(folder / "state")},
     )
 
 
