@@ -149,7 +149,10 @@ def _check_extent(root: Any, where: object, key: str | None) -> None:
         if depth > MAX_YAML_DEPTH:
             raise too_deep()
         if id(node) not in extents:
-            inner = [] if isinstance(node.value, str) else node.value
+            inner = node.value
+            if isinstance(inner, str):
+                inner.encode()  # a ValueError: an escape may spell half a character
+                inner = []
             parts = [n for entry in inner for n in (entry if isinstance(entry, tuple) else [entry])]
             found = [extent(part, depth + 1) for part in parts]
             levels = 1 + max((level for _, level in found), default=0)

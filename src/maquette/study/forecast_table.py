@@ -93,7 +93,7 @@ def _number(row: Mapping[str, Any], column: str, path: Path, place: str) -> floa
         if isinstance(given, bool):
             raise ValueError
         value = float(given)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise BadInput(
             f"`{given}` in {place} is not a number", where=path, key=column, mend=mend
         ) from None
