@@ -365,6 +365,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", choices=KINDS, default=KINDS, help="kinds of fault")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     import torch
@@ -384,7 +385,7 @@ def main() -> None:
             if time.monotonic() - began > given.seconds:
                 break
             start_of_round = time.monotonic()
-            row = one_round(world, number, KINDS[(number - 1) % len(KINDS)], chance)
+            row = one_round(world, number, given.only[(number - 1) % len(given.only)], chance)
             row["seconds"] = round(time.monotonic() - start_of_round, 1)
             rows.append(row)
             print(json.dumps(row), flush=True)
