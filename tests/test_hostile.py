@@ -156,6 +156,19 @@ except BadInput as error:
 """
 
 
+READ_AGAIN = """
+import sys
+from maquette.data.readers import CorpusSpec, read
+from maquette.errors import BadInput
+for _ in range(900):
+    try:
+        list(read(CorpusSpec(path=sys.argv[1])))
+    except BadInput as error:
+        said = error
+print(said)
+"""
+
+
 def test_a_small_zst_of_100_gigabytes_is_refused_early(tmp_path: Path) -> None:
     frame = zstandard.compress(b"a" * (1 << 28))
     path = tmp_path / "bomb.jsonl.zst"
@@ -185,6 +198,11 @@ def test_bytes_that_never_begin_a_character_are_cut_in_time_linear_in_their_numb
     with pytest.raises(BadInput, match="empty"):
         list(read(spec, report))
     assert sum(report.dropped.values()) < 200  # not one piece for every byte
+
+
+def test_streams_that_cannot_be_read_do_not_use_up_memory(tmp_path: Path) -> None:
+    path = written(tmp_path, b"\x1f\x8b\x08\x00 no stream at all", "a.jsonl.gz")
+    assert "truncated or damaged" in bounded(READ_AGAIN, path)
 
 
 def test_nul_bytes_and_other_encodings_are_dropped_and_counted(tmp_path: Path) -> None:

@@ -447,11 +447,12 @@ def _parquet(spec: CorpusSpec, file: File, report: ReadReport) -> Iterator[Raw]:
                 for record in batch.to_pylist():
                     yield from_record(spec, record, f"{file.name}:{n}", file, report)
                     n += 1
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         if isinstance(error, PermissionError):
             raise
+        why = (str(error) or repr(error)).splitlines()[0]
         raise BadInput(
-            f"the Parquet file is truncated or damaged ({str(error).splitlines()[0]})",
+            f"the Parquet file is truncated or damaged ({why})",
             where=file.path,
             mend="copy or download the file again",
         ) from error

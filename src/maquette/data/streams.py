@@ -77,7 +77,8 @@ def chunks(path: Path, max_expansion: int) -> Iterator[bytes]:
     with pa.OSFile(str(path), "rb") as raw, pa.CompressedInputStream(raw, codec) as stream:
         while True:
             try:
-                chunk = stream.read(CHUNK)
+                # Not `read`: pyarrow never frees the buffer of one that fails.
+                chunk = stream.read_buffer(CHUNK).to_pybytes()
             except OSError as error:
                 raise BadInput(
                     f"the {codec} stream is truncated or damaged after {done} bytes ({error})",

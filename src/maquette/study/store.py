@@ -239,7 +239,7 @@ class Store:
             )
         try:
             return pq.read_table(file)
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, pa.ArrowException, ValueError) as error:
             raise BadInput(
                 f"the items cannot be read ({error})", where=file, mend="run it again"
             ) from error
