@@ -178,7 +178,7 @@ class Engine:
     def step(self) -> None:
         batches = [self.next()]
         start = time.perf_counter()
-        loop._update(self.run, batches)
+        self.run.update(batches)
         loop._bill(self.run, batches, time.perf_counter() - start)
 
 

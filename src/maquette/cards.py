@@ -35,6 +35,7 @@ MARK = "<!-- Written by `make docs` from the card in the code. Change it there. 
 KINDS = {
     "objective": ("Objectives", "objective: {0}"),
     "data_op": ("Data parts", "data: [{0}]"),
+    "selector": ("Selections", "data: [{0}]"),
     "feed": ("Feeds", "feed: {0}"),
     "optim": ("Optimisers", "optim: {0}"),
     "surgery": ("Surgery", "surgery: [{0}]"),

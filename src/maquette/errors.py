@@ -13,9 +13,11 @@ class MaquetteError(Exception):
     where: the file (or object) the mistake is in.
     key: the key inside it, dotted (`arms.electra.objective`).
     mend: what the user can do about it.
+    everywhere: in a launch of several processes, every rank raised the same error.
     """
 
     exit_status = 1
+    everywhere = False
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maquette.errors import BadInput
+from maquette.training.distributed import ALONE, Team
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,9 +77,26 @@ class Batch:
         return replace(self, tensors=moved)
 
     @property
-    def signature(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    def signature(self) -> Signature:
         """Shapes by name: two batches of one signature cost the same FLOPs."""
         return tuple((k, tuple(v.shape)) for k, v in sorted(self.tensors.items()))
+
+    @property
+    def outline(self) -> Outline:
+        return Outline(self.signature, self.n_tokens, self.n_bytes, self.weight)
+
+
+Signature = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A batch without its tensors: what other ranks need to know of it."""
+
+    signature: Signature
+    n_tokens: int
+    n_bytes: int
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -95,6 +113,26 @@ class State:
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Rows of the training part that a feed wants trained on, until its next refresh.
+
+    rows: row numbers, int64 of shape (K,); row r holds tokens r * window to (r + 1) * window - 1.
+    ordered: take them as they stand; otherwise in a permutation keyed by the run's seed.
+    once: no row may come again, here or in a later selection that says so; the rows must then last
+    until the next refresh. Without it they are gone through as often as needed.
+    facts: JSON-able report for the run's record. warnings: sentences for the study's report.
+    state: what later refreshes of this run need of it (`Run.selections`).
+    """
+
+    rows: np.ndarray
+    ordered: bool = False
+    once: bool = True
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    warnings: Mapping[str, str] = field(default_factory=dict)
+    state: State = field(default_factory=State)
 
 
 @dataclass(frozen=True)
@@ -116,6 +154,7 @@ class Ctx:
     seed: root seed of the stage; `rng` and `torch_rng` derive one independent stream per name
     (`init`, `order`, `corrupt`, `dropout`, `eval`, or a part's own slug), so that a change of
     objective never moves the data order.
+    team: the ranks that train together; all of them see the same seed and the same corpus.
     """
 
     device: torch.device
@@ -129,6 +168,7 @@ class Ctx:
     corpus: Corpus | None = None
     held_out: Path | None = None
     """Documents held out, while data parts are fitted: to make sure that none is learnt from."""
+    team: Team = ALONE
     stages: Mapping[str, FinishedStage] = field(default_factory=dict)
 
     def stage(self, name: str) -> FinishedStage:

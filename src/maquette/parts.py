@@ -10,15 +10,16 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from maquette.config import Frozen
 from maquette.errors import BadInput, did_you_mean
-from maquette.flow import Batch, Clock, Ctx, Examples, Loss, State, Subject
+from maquette.flow import Batch, Clock, Ctx, Examples, Loss, Selection, State, Subject
 from maquette.schedules import Horizon, Schedule
 
 if TYPE_CHECKING:
@@ -29,12 +30,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from maquette.data.corpus import Corpus
+    from maquette.data.selection import Limit
     from maquette.recipe import Size
+    from maquette.training.branch import Branch
 
 __all__ = [
     "KINDS", "Audit", "Batch", "Card", "Clock", "Ctx", "DataOp", "Decoder", "Examples", "Feed",
-    "Head", "Loss", "Needs", "Objective", "Optim", "Part", "Run", "Scale", "State", "Subject",
-    "Surgery", "Workload", "find", "load_all", "parts", "register",
+    "Head", "Loss", "Needs", "Objective", "Optim", "Part", "Run", "Scale", "Selection", "Selector",
+    "State",
+    "Subject", "Surgery", "Workload", "find", "load_all", "parts", "register",
 ]  # fmt: skip
 
 Scale = Literal["one", "ddp", "fsdp"]
@@ -72,7 +76,12 @@ class Needs(Frozen):
     workloads: frozenset[str] = frozenset()
     """Workload types it can work on; empty means any."""
     scale: Scale = "fsdp"
-    """The widest kind of sharding it is correct under."""
+    """The widest kind of sharding it is correct under; the conformance suite tries it.
+
+    fsdp: it sees shares of weights and of gradients outside the loss (elementwise work on them is
+    fine), and whole weights inside it. ddp: every rank sees all of them. one: no other rank, as
+    where the loss keeps state from the micro-batches it has seen, of which a rank sees its own.
+    """
     columns: frozenset[str] = frozenset()
     """Document columns that must hold values (`year`, `domain`, a score)."""
     clashes: frozenset[str] = frozenset()
@@ -97,18 +106,31 @@ class Part(Frozen):
         """The part as plain data, every default written out; `parse_part` reads it back."""
         return {"type": type(self).type, **self.model_dump(mode="json")}
 
+    def widest_scale(self) -> Scale:
+        """The widest kind of sharding it is correct under with these options."""
+        return type(self).needs.scale
+
 
 class Run(Protocol):
-    """The live run as an `Optim` sees it (implemented by `training.loop.LiveRun`)."""
+    """The live run as an `Optim` or a `Feed` sees it (implemented by `training.loop.LiveRun`).
+
+    selections: what the feed selected so far, by the step from which it holds.
+    """
 
     model: PreTrainedModel
     extra: nn.ModuleDict
     optimizer: torch.optim.Optimizer
     horizon: Horizon
     ctx: Ctx
+    selections: dict[int, Selection]
 
     @property
     def objective(self) -> Objective: ...
+
+    @property
+    def rows(self) -> int:
+        """Rows of the training part that one optimiser step takes."""
+        ...
 
     @property
     def clock(self) -> Clock: ...
@@ -117,7 +139,27 @@ class Run(Protocol):
         """Accumulate gradients of the mean loss over the micro-batches; returns averaged logs."""
         ...
 
+    def loss_of(self, batch: Batch, piece: int) -> Loss:
+        """The objective's loss on one micro-batch, under this step's own random streams."""
+        ...
+
+    def update(self, microbatches: Sequence[Batch]) -> dict[str, float]:
+        """One optimiser step at this step's learning rate; returns logs. It is not billed."""
+        ...
+
+    def branch(self) -> AbstractContextManager[Branch]:
+        """A block in which steps on the live model may be tried; at its end all is as before.
+
+        Weights, buffers, gradients, optimiser state, random streams and train or eval mode come
+        back bit for bit; `Branch.restore` goes back to the start of the block in between.
+        """
+        ...
+
     def trainable(self) -> list[nn.Parameter]: ...
+
+    def clip(self, limit: float) -> float:
+        """Scale the gradients so that their global norm is at most `limit`; returns the norm."""
+        ...
 
 
 # --- the slots -----------------------------------------------------------------------------------
@@ -140,23 +182,112 @@ class DataOp(Part):
 
         return json.dumps(self.spec(), sort_keys=True)
 
+    def fitting_rows(self) -> Literal["sample", "all"]:
+        """What `fit` is given; a part whose options decide it overrides this."""
+        return self.fits_on
+
     def fit(self, sample: pa.Table, ctx: Ctx) -> State:
         return State()
+
+    def added(self, state: State) -> Iterable[pa.RecordBatch]:
+        """Documents of this part's own, which join the training part after all rows have passed."""
+        return ()
 
     @abstractmethod
     def apply(self, batch: pa.RecordBatch, state: State) -> pa.RecordBatch: ...
 
+    def diagnose(self, state: State) -> dict[str, str]:
+        """Notes for the report from what was learnt; `{}` when there is nothing to say."""
+        return {}
+
+
+class Selector(Part):
+    """A global choice: which documents of the whole corpus stay, under a limit.
+
+    It sees an index (numbers, no text), so a corpus of any size can be chosen from. What it
+    decides by, a data part before it has written as a column.
+    """
+
+    kind: ClassVar[str] = "selector"
+
+    take: str
+    """The most that is kept: a share of the bytes (`30%`), a size (`2GB`) or a number (`5000doc`).
+    """
+
+    @field_validator("take")
+    @classmethod
+    def _is_an_amount(cls, take: str) -> str:
+        from maquette.data.selection import parse_take
+
+        parse_take(take, 0)
+        return take
+
+    def digest_key(self) -> str:
+        """Text that changes when the documents this chooses would."""
+        import json
+
+        return json.dumps(self.spec(), sort_keys=True)
+
+    def columns(self) -> tuple[str, ...]:
+        """Columns of the documents that `choose` reads."""
+        return ()
+
+    @abstractmethod
+    def choose(self, index: pa.Table, target: pa.Table | None, take: Limit, ctx: Ctx) -> pa.Array:
+        """Values of `row` of the documents that stay, each once, in any order.
+
+        index: one row per document: `row` (int64, its place), `key` (uint64, a hash of its id, for
+        ties and draws), `bytes` (int64, of its text), and `columns()`.
+        target: the same of documents that the chosen ones should be like; None if there are none.
+        take: what `self.take` amounts to on this corpus.
+        """
+        ...
+
 
 class Feed(Part):
-    """Which source comes next while training, and how much of it."""
+    """Which source comes next while training and how much of it, or which rows.
+
+    A feed that looks at the model names the steps at which it does (`refresh_steps`) and selects
+    rows there (`refresh`). Between two refreshes the order is a function of seed and step.
+    """
 
     kind: ClassVar[str] = "feed"
+
+    def digest_key(self) -> str:
+        """Text that changes when what it reads besides the run's own corpus does; "" for none."""
+        return ""
 
     def mixture(self, clock: Clock, sources: Mapping[str, int]) -> Mapping[str, float] | None:
         """Fraction of the next step's tokens by source; None means: as the corpus has them.
 
         sources: tokens available by source. Must depend on `clock.fraction` and `clock.step` only,
         so that a resumed run can replay it.
+        """
+        return None
+
+    def widest_scale(self) -> Scale:
+        # A look at the model ends in one file, and is taken by one process.
+        looks = type(self).refresh is not Feed.refresh
+        return "one" if looks else super().widest_scale()
+
+    def refresh_steps(self, horizon: Horizon) -> tuple[int, ...]:
+        """Steps (0-based) before which `refresh` is called."""
+        return ()
+
+    def refresh(self, run: Run, clock: Clock) -> Selection | None:
+        """The rows from this step on; None goes on as before.
+
+        Must be a function of the run's state and seed, leave the run as it was (`run.branch`), and
+        bill what it does to `run.ctx.ledger`. The engine stores the selection before it is used:
+        a run that is resumed later replays it and does not ask again.
+        """
+        return None
+
+    def side_flops(self, run: Run) -> Callable[[int], float] | None:
+        """FLOPs that all refreshes cost, as a non-decreasing function of the run's steps.
+
+        run: a copy of the run before its first step, to count real passes on. A FLOP budget is
+        planned with it, so what it promises must be what the refreshes bill. None costs nothing.
         """
         return None
 
@@ -261,15 +392,19 @@ class Optim(Part):
 
     def step(self, run: Run, microbatches: Sequence[Batch]) -> dict[str, float]:
         """One update: gradients, clipping, optimiser step. Returns logs."""
-        import torch
-
         logs = run.backward(microbatches)
         if self.clip is not None:
-            norm = torch.nn.utils.clip_grad_norm_(run.trainable(), self.clip)
-            logs["gradient_norm"] = float(norm)
+            logs["gradient_norm"] = run.clip(self.clip)
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
         return logs
+
+    def diagnose(self, run: Run) -> dict[str, str]:
+        """Notes for the report on a finished run; `{}` when there is nothing to say.
+
+        Only rank 0 asks, so it must not exchange anything with others, as a norm of shares does.
+        """
+        return {}
 
 
 class Surgery(Part):
@@ -353,7 +488,7 @@ class Workload(Part):
 
     @abstractmethod
     def prepare(
-        self, ctx: Ctx, special_tokens: Sequence[str] = (), ops: Sequence[DataOp] = ()
+        self, ctx: Ctx, special_tokens: Sequence[str] = (), ops: Sequence[DataOp | Selector] = ()
     ) -> Corpus:
         """Read, clean, split and tokenise the corpus (cached), or return it from the cache."""
         ...
@@ -374,7 +509,8 @@ class Workload(Part):
 # --- registry ------------------------------------------------------------------------------------
 
 KINDS: dict[str, type[Part]] = {
-    cls.kind: cls for cls in (DataOp, Feed, Objective, Optim, Surgery, Decoder, Audit, Workload)
+    cls.kind: cls
+    for cls in (DataOp, Selector, Feed, Objective, Optim, Surgery, Decoder, Audit, Workload)
 }
 _PARTS: dict[str, dict[str, type[Part]]] = {kind: {} for kind in KINDS}
 _BUILT_IN = ("maquette.methods", "maquette.workloads", "maquette.evaluation")

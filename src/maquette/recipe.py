@@ -18,7 +18,17 @@ from maquette import parts
 from maquette.config import validate
 from maquette.data.order import stream_seed
 from maquette.errors import BadInput, did_you_mean
-from maquette.parts import Audit, DataOp, Feed, Objective, Optim, Part, Surgery, Workload
+from maquette.parts import (
+    Audit,
+    DataOp,
+    Feed,
+    Objective,
+    Optim,
+    Part,
+    Selector,
+    Surgery,
+    Workload,
+)
 from maquette.plan import Init, Node, charged_to, in_order, parse_init
 
 # --- sizes ---------------------------------------------------------------------------------------
@@ -146,6 +156,26 @@ def parse_part(kind: type[K], value: object, *, where: object = None, key: str |
     return cast(K, validate(cls, options, where=where, key=key))
 
 
+def parse_data(
+    value: object, *, where: object = None, key: str = "data"
+) -> tuple[DataOp | Selector, ...]:
+    """Data parts and selections in their order, from one or a list; see `parse_part`."""
+    items = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    return tuple(_parse_step(item, where, f"{key}.{i}") for i, item in enumerate(items))
+
+
+def _parse_step(value: object, where: object, key: str) -> DataOp | Selector:
+    slug = value.get("type") if isinstance(value, Mapping) else value
+    selectors = {cls.type for cls in parts.parts("selector")}
+    if isinstance(value, Selector) or (isinstance(slug, str) and slug in selectors):
+        return parse_part(Selector, value, where=where, key=key)  # type: ignore[type-abstract]
+    known = {cls.type for cls in parts.parts("data_op")} | selectors
+    if isinstance(slug, str) and slug not in known:
+        mend = did_you_mean(slug, known)
+        raise BadInput(f"there is no data part `{slug}`", where=where, key=key, mend=mend)
+    return parse_part(DataOp, value, where=where, key=key)  # type: ignore[type-abstract]
+
+
 # --- stages and recipes --------------------------------------------------------------------------
 
 
@@ -168,7 +198,7 @@ class Stage:
     budget: Budget
     init: Init | None = None
     reseed: int = 0
-    data: tuple[DataOp, ...] = ()
+    data: tuple[DataOp | Selector, ...] = ()
     surgery: tuple[Surgery, ...] = ()
     microbatches: int = 1
     special_tokens: tuple[str, ...] = ()
@@ -328,7 +358,7 @@ def _parse_stage(data: dict[str, Any], index: int, where: object) -> Stage:
         objective=parse_part(Objective, data["objective"], where=where, key=at + "objective"),  # type: ignore[type-abstract]
         optim=parse_part(Optim, data["optim"], where=where, key=at + "optim"),  # type: ignore[type-abstract]
         feed=parse_part(Feed, data["feed"], where=where, key=at + "feed"),
-        data=_parse_list(DataOp, data["data"], where, at + "data"),  # type: ignore[type-abstract]
+        data=parse_data(data["data"], where=where, key=at + "data"),
         surgery=_parse_list(Surgery, data["surgery"], where, at + "surgery"),  # type: ignore[type-abstract]
         budget=Budget.parse(data["budget"], where=where, key=at + "budget"),
         microbatches=_parse_whole(data.get("microbatches", 1), 1, where, at + "microbatches"),
@@ -410,7 +440,7 @@ def _check_ensemble(stage: Stage, workload: str, where: object) -> None:
 
 # --- digests -------------------------------------------------------------------------------------
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the engine changes so that the same recipe no longer gives the same bits."""
 
 
@@ -433,4 +463,6 @@ def stage_digest(
     """
     spec = {k: v for k, v in stage.spec().items() if k not in ("name", "init", "reseed")}
     kind = stage.init.kind if stage.init else None
-    return digest("stage", spec, corpus, stage.seed(seed), kind, list(init), dict(reads or {}))
+    facts = [spec, corpus, stage.seed(seed), kind, list(init), dict(reads or {})]
+    read_by_feed = [key] if (key := stage.feed.digest_key()) else []
+    return digest("stage", *facts, *read_by_feed)

@@ -17,10 +17,12 @@ class Horizon:
 
     steps: optimiser steps the budget allows, >= 1; measured, then fixed and stored.
     flops_per_step: counted training FLOPs of one step (all causes).
+    side_flops: FLOPs of the feed's refreshes over the whole run.
     """
 
     steps: int
     flops_per_step: float = 0.0
+    side_flops: float = 0.0
 
 
 class Schedule(Frozen):

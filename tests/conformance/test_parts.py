@@ -20,7 +20,7 @@ def trained():
     for cls in ALL:
         if cls.kind in TRAINED_WITH:
             slugs = workloads_of(cls)
-            slugs = slugs[:1] if cls.kind in ("feed", "data_op") else slugs
+            slugs = slugs[:1] if cls.kind in ("feed", "data_op", "selector") else slugs
             declared = getattr(cls, "examples", None)
             variants = range(len(declared or EXAMPLE_OPTIONS.get(cls.type, ({},))))
             cases += [

@@ -6,11 +6,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
+import torch
 
 from maquette.data import corpus as corpus_module
 from maquette.data.corpus import Corpus, CorpusSpec, DedupSpec, TokenizerSpec, prepare
+from maquette.data.documents import documents
 from maquette.errors import BadInput, RunFailed
+from maquette.flow import Ctx
+from maquette.training.ledger import Ledger
 
 BYTES = TokenizerSpec(type="bytes")
 
@@ -165,6 +170,28 @@ class DropPart:
         return shouted.append_column("keep", keep).append_column("why", why)
 
 
+class AddPart(DropPart):
+    """Also rates what it keeps and adds a document of its own."""
+
+    def apply(self, batch: pa.RecordBatch, state: int) -> pa.RecordBatch:
+        rates = pa.array([0.5] * batch.num_rows)
+        return super().apply(batch, state).append_column("rate", rates)
+
+    def added(self, state: int) -> Any:
+        yield documents(["mine"], [f"written after {state} documents"], "mine")
+
+
+def test_documents_a_data_part_adds_join_the_training_part_behind_the_others(source, tmp_path):
+    spec = CorpusSpec(path=source, domain_column="part")
+    corpus = prepare(spec, BYTES, cache=tmp_path / "cache", ops=[AddPart("p0")])
+    rows = [row for batch in corpus.documents() for row in batch.to_pylist()]
+    assert [row["id"] for row in rows if row["rate"] is None] == ["mine"]
+    assert rows[-1]["text"].startswith("written after ")
+    assert corpus.domains == ("mine", "p1")
+    plain = prepare(spec, BYTES, cache=tmp_path / "cache")
+    assert set(ids(corpus, "held_out")) == set(ids(plain, "held_out"))
+
+
 def test_data_parts_change_the_training_part_only(source, tmp_path):
     spec = CorpusSpec(path=source, domain_column="part")
     plain = prepare(spec, BYTES, cache=tmp_path / "cache")
@@ -179,6 +206,32 @@ def test_data_parts_change_the_training_part_only(source, tmp_path):
     assert curated.card["dropped"]["is p0"] == n_dropped
     with pytest.raises(BadInput, match="dropped all documents"):
         prepare(spec, BYTES, cache=tmp_path / "cache", ops=[*ops, DropPart("p1")])
+
+
+class BillingPart(DropPart):
+    """A part that learns at a price, and has something to say."""
+
+    def fit(self, sample: pa.Table, ctx: Any) -> int:
+        held = pq.read_table(ctx.held_out)["id"].to_pylist()
+        assert held
+        assert not set(held) & set(sample["id"].to_pylist())
+        ctx.ledger.bill("scorer", flops=5.0, tokens=2)
+        return super().fit(sample, ctx)
+
+    def diagnose(self, state: int) -> dict[str, str]:
+        return {"part": f"saw {state} documents"}
+
+
+def test_a_part_bills_every_run_that_uses_it_and_its_notes_are_on_the_card(source, tmp_path):
+    spec = CorpusSpec(path=source, domain_column="part")
+    for _ in range(2):  # the second finds it in the cache
+        ctx = Ctx(torch.device("cpu"), 0, tmp_path / "cache", Ledger())
+        ctx.ledger.bill("train", flops=1.0)
+        corpus = prepare(spec, BYTES, cache=ctx.cache, ops=[BillingPart("p0")], ctx=ctx)
+        entries = ctx.ledger.entries
+        assert (entries["scorer"].flops, entries["scorer"].tokens) == (5.0, 2)
+        assert entries["train"].flops == 1.0
+        assert corpus.card["warnings"]["part"].startswith("saw ")
 
 
 def test_rows_of_packed_documents_point_into_the_stored_documents(source, tmp_path):

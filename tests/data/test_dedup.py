@@ -1,7 +1,10 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 
 from maquette.data import dedup
+from maquette.data.documents import documents, hash_ids
 from maquette.data.split import DEV, HELD_OUT, TRAIN, split
 
 
@@ -121,6 +124,75 @@ def test_clusters_are_transitive_and_do_not_depend_on_the_order_of_documents():
     assert np.array_equal(dedup.clusters(sigs, 0.8), [0, 0, 0, 0, 0, 0, 6])
     back = dedup.clusters(sigs[::-1], 0.8)
     assert np.array_equal(back, [0, 1, 1, 1, 1, 1, 1])
+
+
+@pytest.fixture
+def related(tmp_path) -> np.ndarray:
+    """3000 signatures, a third of them changed copies of earlier ones, many copies of one."""
+    rng = np.random.default_rng(3)
+    sigs = rng.integers(0, 2**32, (3000, dedup.N_BINS), dtype=np.uint32)
+    for row in range(2000, 3000):
+        sigs[row] = sigs[int(rng.integers(0, 40 if row % 2 else row))]
+        changed = rng.choice(dedup.N_BINS, int(rng.integers(0, 40)), replace=False)
+        sigs[row, changed] = rng.integers(0, 2**32, len(changed), dtype=np.uint32)
+    return sigs
+
+
+def test_clusters_from_disk_and_by_buckets_are_those_from_memory(related, tmp_path, monkeypatch):
+    whole = dedup.clusters(related, 0.8)
+    assert 500 < (whole != np.arange(3000)).sum() < 1000
+    (tmp_path / "signatures").write_bytes(related.tobytes())
+    stored = dedup.SignatureFile(tmp_path / "signatures")
+    assert np.array_equal(dedup.clusters(stored, 0.8), whole)
+    monkeypatch.setattr(dedup, "_BUCKET_ROWS", 100)
+    monkeypatch.setattr(dedup, "_ROWS", 64)
+    assert np.array_equal(dedup.clusters(stored, 0.8), whole)
+
+
+def test_a_file_of_signatures_reads_like_an_array(related, tmp_path):
+    (tmp_path / "signatures").write_bytes(related.tobytes())
+    stored = dedup.SignatureFile(tmp_path / "signatures")
+    assert len(stored) == 3000
+    rows = np.array([2999, 0, 7, 7])
+    assert np.array_equal(stored[rows], related[rows])
+    assert np.array_equal(stored[2990:4000, 3:9], related[2990:4000, 3:9])
+
+
+def test_memory_of_clustering_is_some_bytes_per_document_whatever_a_signature_weighs(tmp_path):
+    n = 120_000
+    rng = np.random.default_rng(0)
+    with (tmp_path / "signatures").open("wb") as out:
+        for _ in range(n // 10_000):
+            sigs = rng.integers(0, 2**32, (10_000, dedup.N_BINS), dtype=np.uint32)
+            sigs[::20] = sigs[1::20]
+            out.write(sigs.tobytes())
+    stored = dedup.SignatureFile(tmp_path / "signatures")
+    tracemalloc.start()
+    try:
+        labels = dedup.clusters(stored, 1.0)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (labels != np.arange(n)).sum() == n // 20
+    constant = 3 * dedup._ROWS * 4 * dedup.N_BINS
+    assert peak < constant + 100 * n < n * 4 * dedup.N_BINS / 2
+
+
+def test_a_sketch_holds_what_was_computed_and_keeps_the_order(tmp_path):
+    texts = ["one two three four five six", "one  two three four five six", "seven", "one"]
+    with dedup.SketchFile(tmp_path / "sketch") as file:
+        for start in (0, 3):
+            here = slice(start, start + 3)
+            ids = [f"d{n}" for n in range(4)][here]
+            file.add(dedup.Sketch()(documents(ids, texts[here])))
+        assert file.n_documents == 4
+        assert all(rows.flags.owndata for rows in (*file._keys, *file._exact))
+        assert np.array_equal(file.keys(), hash_ids([f"d{n}" for n in range(4)]))
+        equal = file.equal_texts()
+        assert equal[0] == equal[1]
+        assert len(set(equal.tolist())) == 3
+        assert np.array_equal(file.signatures()[0:4, 0:128], dedup.signatures(texts))
+    assert not (tmp_path / "sketch").exists()
 
 
 def test_exact_keys_ignore_white_space_and_unicode_composition_only():

@@ -7,6 +7,7 @@ import tokenize
 import pytest
 
 from maquette.data import installed
+from maquette.data.installed import docstrings
 from maquette.data.python_source import functions, token_kinds
 from maquette.data.readers import ReadReport, read
 from maquette.errors import BadInput
@@ -144,3 +145,48 @@ def test_line_ends_of_other_systems_do_not_move_offsets():
     assert ("é", "variable") in found
     assert ("f", "callee") in found
     assert found[-1] == ("a", "attribute")
+
+
+DOCUMENTED = '''"""Module text."""
+import os
+
+
+class Point:
+    """A point."""
+
+    x: int = 0
+
+
+def alone():
+    """Only this."""
+
+
+def f(a):
+    "One line."; b = a
+    """Not a docstring."""
+    return b
+'''
+
+
+def test_a_docstring_is_taken_out_of_the_code_and_the_rest_still_parses():
+    tree = installed.parse(DOCUMENTED)
+    code = installed.without_docstrings(DOCUMENTED, tree)
+    again = installed.parse(code)
+    assert again is not None
+    assert not {"Module text.", "A point.", "Only this."} & set(docstrings(again))
+    assert "    ...\n" in code
+    assert '"One line."; b = a' in code  # shares its line with code
+    assert "Not a docstring." in code
+    assert docstrings(DOCUMENTED) == ["Module text.", "A point.", "Only this.", "One line."]
+
+
+def test_kinds_are_domains_and_code_comes_without_its_docstrings():
+    spec = {"path": "python:kinds", "limit": "2MB"}
+    rows = {r["id"]: r for b in read(spec) for r in b.to_pylist()}  # type: ignore[arg-type]
+    kinds = {r["domain"].split("/")[0] for r in rows.values()}
+    assert {"code", "docstrings"} <= kinds <= {"code", "docstrings", "descriptions"}
+    assert all("/" in r["domain"] for r in rows.values())
+    left = [s for i, r in rows.items() if i.startswith("code/") for s in docstrings(r["text"])]
+    taken = [i for i in rows if i.startswith("docstrings/") and f"code/{i[11:]}" in rows]
+    assert len(taken) > 5
+    assert len(left) < len(taken) / 2  # those that share a line with code, of thousands

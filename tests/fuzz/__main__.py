@@ -1,6 +1,6 @@
 """Feed hostile bytes to everything that reads a file or a word of a user's.
 
-    python -m tests.fuzz --cases 100000 --json results/fuzz.json    # random mutations
+    python -m tests.fuzz --cases 100000 --json results/benchmark-fuzz.json    # random mutations
     python -m tests.fuzz --guided yaml -max_total_time=60           # by coverage, with atheris
 
 A case may take 5 seconds of processor time, and the process 2 GiB of memory. The cases follow

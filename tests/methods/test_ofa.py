@@ -19,6 +19,7 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
+from maquette.data.token_strings import standardise
 from maquette.data.tokenizers import TokenizerSpec, train
 from maquette.data.word_vectors import WordVectors
 from maquette.errors import BadInput
@@ -33,7 +34,6 @@ from maquette.training.embedding_init import (
     fvt_transfer,
     overlap,
     spellings,
-    standardise,
     subword_vectors,
 )
 from maquette.training.factorised_embedding import factorise, is_tied
@@ -69,7 +69,7 @@ def test_neighbours_and_weights_of_the_hand_case() -> None:
 
 
 def test_neighbours_in_chunks_are_those_of_the_whole_matrix(monkeypatch) -> None:
-    from maquette.methods.surgery import ofa
+    from maquette.training import similarity_transfer
 
     generator = torch.Generator().manual_seed(0)
     target, source = (
@@ -78,7 +78,7 @@ def test_neighbours_in_chunks_are_those_of_the_whole_matrix(monkeypatch) -> None
     )
     cosine = torch.nn.functional.cosine_similarity(target[:, None], source[None], dim=-1)
     order = cosine.argsort(dim=1, descending=True)[:, :4]
-    monkeypatch.setattr(ofa, "_SIMILARITIES_PER_CHUNK", 60)
+    monkeypatch.setattr(similarity_transfer, "_SIMILARITIES_PER_CHUNK", 60)
     index, weights = neighbours(target, source, 4, 0.3)
     assert torch.equal(index, order)
     scores = (cosine.gather(1, order) / 0.3).exp()

@@ -10,12 +10,12 @@ from sklearn.metrics import roc_auc_score
 import maquette.methods.data.quality_filter as module
 from maquette.data.documents import documents
 from maquette.data.scores import kept_rows
+from maquette.data.word_hashing import hashed_counts
 from maquette.errors import BadInput
 from maquette.methods.data.quality_filter import (
     QualityFilter,
     fit_quality,
     fold_of,
-    hashed_words,
     quality_scores,
 )
 
@@ -59,7 +59,7 @@ def test_part_k_has_not_seen_the_texts_of_fold_k():
     y, fold = np.repeat([0, 1], 200), fold_of(texts, 3)
     rest = fold != 1
     alone = LogisticRegression(class_weight="balanced", max_iter=1000)
-    alone.fit(hashed_words(texts, 2**10)[rest], y[rest])
+    alone.fit(hashed_counts(texts, 2**10)[rest], y[rest])
     assert weights[1] == pytest.approx(alone.coef_[0])
     assert biases[1] == pytest.approx(alone.intercept_[0])
 

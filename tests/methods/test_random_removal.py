@@ -49,6 +49,14 @@ def test_a_fraction_is_of_bytes():
         assert gone == pytest.approx(fraction * sizes.sum(), abs=sizes.max() / 2)
 
 
+def test_a_size_to_keep_is_kept_to_within_half_a_document():
+    sizes = byte_lengths(BATCH)
+    left = sizes[kept(RandomRemoval(keep="4KB"))].sum()
+    assert left == pytest.approx(4_000, abs=sizes.max() / 2)
+    with pytest.raises(BadInput, match="more than the"):
+        kept(RandomRemoval(keep="4GB"))
+
+
 def test_seeds_choose_differently_and_a_larger_fraction_contains_a_smaller():
     one, other = kept(RandomRemoval(fraction=0.5)), kept(RandomRemoval(fraction=0.5, seed=1))
     assert 0.3 < (one == other).mean() < 0.7
@@ -75,7 +83,14 @@ def test_the_digest_follows_the_operation_it_is_like():
 
 
 def test_exactly_one_amount_must_be_given():
-    with pytest.raises(ValueError, match="either `fraction`"):
+    with pytest.raises(ValueError, match="one of `fraction`"):
         RandomRemoval()
     with pytest.raises(BadInput, match="did you mean `drop-domain`"):
         RandomRemoval(like="drop-domein")
+
+
+def test_the_complement_is_the_other_side_of_the_same_partition():
+    one, other = RandomRemoval(fraction=0.3), RandomRemoval(fraction=0.3, complement=True)
+    assert (kept(one) == ~kept(other)).all()
+    assert kept(one).any()
+    assert kept(other).any()

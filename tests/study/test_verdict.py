@@ -8,6 +8,8 @@ from scipy import stats
 
 from maquette.study.statistics import Interval, Paired
 from maquette.study.verdict import (
+    break_even,
+    break_even_sentences,
     charged,
     charging_sentence,
     cost,
@@ -171,6 +173,25 @@ def test_the_rules_disagree_when_a_one_off_cost_is_forgotten_by_one_of_them() ->
     assert rules_disagree(charges)
     assert "disagree" in charging_sentence(charges, "gold")
     assert "1.50× charging all" in charging_sentence(charges, "gold")
+
+
+def test_what_is_paid_once_breaks_even_where_the_amortised_costs_meet() -> None:
+    network = {"train": {"flops": 100.0}, "helper": {"flops": 900.0}}
+    tables = {"train": {"flops": 220.0}, "scorer": {"flops": 60.0}}
+    n = break_even(network, tables)
+    assert n == 7  # (900 - 60) / (220 - 100)
+    amortised = [cost(side, "amortised", amortise_over=n) for side in (network, tables)]
+    assert amortised[0] == pytest.approx(amortised[1])
+    assert break_even(tables, network) == 1  # cheaper from the start
+    assert break_even(network, {"train": {"flops": 100.0}}) is None  # no number is enough
+    (sentence,) = break_even_sentences({"network": network, "tables": tables})
+    assert "network pays more once and less for every model than tables" in sentence
+    assert "shared by 7 models or more" in sentence
+
+
+def test_arms_that_cost_the_same_have_no_break_even_to_speak_of() -> None:
+    one = {"train": {"flops": 90.0}, "scorer": {"flops": 11.0}}
+    assert break_even_sentences({"one": one, "other": {"train": {"flops": 100.0}}}) == []
 
 
 def test_equal_means_within_two_percent() -> None:

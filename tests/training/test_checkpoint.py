@@ -16,7 +16,7 @@ from torch import nn
 from maquette import atomic
 from maquette.errors import BadInput, RunFailed
 from maquette.training import checkpoint
-from maquette.training.checkpoint import flatten, unflatten
+from maquette.training.trees import flatten, unflatten
 
 tensors = st.sampled_from(
     [torch.arange(3), torch.ones(2, 2), torch.zeros((), dtype=torch.bool), torch.zeros(0)]

@@ -15,7 +15,13 @@ from transformers import (
 
 from maquette.errors import BadInput
 from maquette.training import compiled
-from maquette.training.compiled import Compilation, maybe_compile, pays, repeated_layers
+from maquette.training.compiled import (
+    Compilation,
+    maybe_compile,
+    norms_beside,
+    pays,
+    repeated_layers,
+)
 from maquette.training.precision import Precision
 
 BF16 = Precision("bf16", "cpu")
@@ -83,6 +89,16 @@ def test_layers_of_one_class_are_found_in_encoders_decoders_and_both():
     assert repeated_layers(t5) == [*t5.encoder.block, *t5.decoder.block]
     assert len(repeated_layers(llama())) == 2
     assert repeated_layers(torch.nn.Linear(2, 2)) == []
+
+
+def test_the_norms_beside_repeated_layers_are_found_and_nothing_else():
+    t5 = T5ForConditionalGeneration(
+        T5Config(vocab_size=61, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2)
+    )
+    decoder = llama()
+    assert norms_beside(decoder) == [decoder.model.norm]
+    assert norms_beside(t5) == [t5.encoder.final_layer_norm, t5.decoder.final_layer_norm]
+    assert norms_beside(decoder.model.layers[0]) == []
 
 
 def test_a_short_run_stays_eager_and_says_why(caplog):

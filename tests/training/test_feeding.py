@@ -9,6 +9,7 @@ import torch
 from maquette.errors import BadInput
 from maquette.recipe import parse_recipe
 from maquette.study.execute import make_ctx
+from maquette.training.distributed import Team
 from maquette.training.feeding import Feeder
 
 
@@ -76,9 +77,10 @@ def test_micro_batches_are_the_batch_in_pieces(world):
 
 
 def test_processes_share_a_step_without_overlap(world):
-    f = feeder(world, microbatches=4)
-    whole = f.batches(2)
-    shares = [f.batches(2, slice(rank, None, 2)) for rank in range(2)]
+    stage, corpus, ctx = setting(world, microbatches=4)
+    whole = Feeder(stage, corpus.train, ctx).batches(2)
+    ranks = [replace(ctx, team=Team(rank, 2)) for rank in range(2)]
+    shares = [Feeder(stage, corpus.train, rank).batches(2) for rank in ranks]
     for i, batch in enumerate(whole):
         assert torch.equal(shares[i % 2][i // 2]["ids_BT"], batch["ids_BT"])
 

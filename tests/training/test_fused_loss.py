@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from maquette.training.fused_loss import default_chunk, linear_cross_entropy
+from maquette.training.ledger import FlopCounter
 
 
 def problem(n=37, d=8, v=19, dtype=torch.float64, seed=0):
@@ -146,3 +147,11 @@ def test_what_does_not_fit_is_refused(change, message):
     }
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(**{**given, **change})
+
+
+def test_without_gradients_only_the_logits_are_computed():
+    hidden, labels = torch.randn(40, 8), torch.randint(0, 30, (40,))
+    weight, bias = torch.randn(30, 8, requires_grad=True), torch.zeros(30, requires_grad=True)
+    with FlopCounter() as counter, torch.no_grad():
+        linear_cross_entropy(hidden, weight, labels, bias)
+    assert counter.total == 2 * 40 * 30 * 8

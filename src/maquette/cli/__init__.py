@@ -23,6 +23,7 @@ from maquette.cli import (  # noqa: F401 - each registers its verbs
     upkeep,
 )
 from maquette.cli.base import app
+from maquette.cli.launch import follows, leave, refuse_ranks
 from maquette.errors import MaquetteError
 
 __all__ = ["app", "main"]
@@ -34,14 +35,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # one progress bar, ours
     given = list(sys.argv[1:] if arguments is None else arguments)
     level = logging.INFO if {"-v", "--verbose"} & set(given) else logging.WARNING
+    if follows():
+        level = logging.ERROR  # the lead says the rest
     logging.basicConfig(level=level, stream=sys.stderr, format="%(message)s")
     try:
+        refuse_ranks(given)
         app(given, exit_on_error=False, print_error=False)
+        leave()
+    except SystemExit as done:
+        if not done.code:
+            leave()
+        raise
     except CycloptsError as error:
         _fail(str(error).strip() or "bad arguments", 2, given)
     except MaquetteError as error:
         if "--debug" in given:
             raise
+        if error.everywhere and follows():
+            sys.exit(error.exit_status)
         _fail(str(error), error.exit_status, given)
     except KeyboardInterrupt:
         _fail("stopped; what is done is kept, and the same command goes on from there", 1, given)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -50,6 +50,18 @@ class Common:
 
         return Store(self.home, read_only=read_only)
 
+    def together(self) -> tuple[Store, Options]:
+        """The store and how to run, once this process has met the other ranks of its launch."""
+        from maquette.study.execute import pick_device
+        from maquette.training.distributed import join
+
+        options = replace(self.options(), team=join(pick_device(self.device)))
+        return options.team.lead_first(self.store), options
+
+    def quiet(self, options: Options) -> bool:
+        """Whether to show no progress: for a machine that reads, or because the lead shows it."""
+        return self.as_json or not options.team.is_lead
+
     def options(self) -> Options:
         from maquette.study.execute import Options
         from maquette.training.loop import Settings
@@ -79,11 +91,14 @@ def say(common: Common, document: Any, text: str | None = None) -> None:
         print(text)
 
 
-def workers_at(on: str) -> int:
+def workers_at(on: str, options: Options) -> int:
+    """Processes that share out runs; one where the ranks of a launch share each of them."""
     place, _, count = on.partition(":")
     if place != "local" or (count and not count.isdigit()):
         raise BadInput(f"`{on}` is not a place to run", key="--on", mend="local, or local:2")
-    return int(count) if count else _default_workers()
+    if count:
+        return int(count)
+    return _default_workers() if options.team.alone else 1
 
 
 def _default_workers() -> int:

@@ -153,10 +153,11 @@ def forecast_from_study(
     from maquette.study.forecast_ladder import forecast_study
 
     runs = len(ladder.rungs()) * len(asked.arms) * len(asked.seeds)
+    options = common.options()
     with console.StudyProgress(runs, quiet=common.as_json) as bars:
         found = forecast_study(
-            replace(asked, ladder=ladder), ladder, store, common.options(),
-            metric=metric, draws=draws, level=level, workers=workers_at(on),
+            replace(asked, ladder=ladder), ladder, store, options,
+            metric=metric, draws=draws, level=level, workers=workers_at(on, options),
             on_progress=bars.step, on_done=bars.ended,
         )  # fmt: skip
     budgets = [str(rule) for rule in ladder.rules]

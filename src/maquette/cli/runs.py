@@ -69,13 +69,13 @@ def run(
             "is a study of several arms", where=recipe, mend=f"--arm {next(iter(recipes))}"
         )
     chosen = one_of(recipes, arm or next(iter(recipes)), recipe)
-    store = common.store()
-    with console.StudyProgress(1, quiet=common.as_json) as progress:
+    store, options = common.together()
+    with console.StudyProgress(1, quiet=common.quiet(options)) as progress:
         [done] = run_tasks(
             [Task(arm or "run", common.seed, chosen)],
-            store, common.options(), 1, progress.step, progress.ended,
+            store, options, 1, progress.step, progress.ended,
         )  # fmt: skip
-    _finish_run(done, store, common)
+    options.team.lead(lambda: _finish_run(done, store, common))
 
 
 def _finish_run(done: Any, store: Store, common: Common) -> None:

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from maquette.cli.base import Common, On, Sets, app, load_recipes, one_of, say, workers_at
 from maquette.errors import BadInput
+
+if TYPE_CHECKING:
+    from maquette.study.compare import Comparison
+    from maquette.study.study import Study
+
+ONE = "`maquette resume` without torchrun"
 
 
 @app.command
@@ -25,12 +32,20 @@ def compare(
     from maquette.study.study import load_study
 
     asked = load_study(study, sets or [])
-    store = common.store()
-    with console.StudyProgress(len(asked.arms) * len(asked.seeds), quiet=common.as_json) as bars:
+    store, options = common.together()
+    runs, quiet = len(asked.arms) * len(asked.seeds), common.quiet(options)
+    with console.StudyProgress(runs, quiet=quiet) as bars:
         result = run_compare(
-            asked, store, common.options(), workers=workers_at(on),
+            asked, store, options, workers=workers_at(on, options),
             on_progress=bars.step, on_done=bars.ended,
         )  # fmt: skip
+    if options.team.is_lead:
+        _say_comparison(asked, result, common)
+    if not result.verdicts:
+        sys.exit(1)
+
+
+def _say_comparison(asked: Study, result: Comparison, common: Common) -> None:
     lines = [asked.question, ""]
     lines += [verdict.sentence for verdict in result.verdicts.values()]
     lines += [f"{a.name}: no verdict ({a.reason})" for a in result.report.arms if a.reason]
@@ -42,8 +57,6 @@ def compare(
         "digest": asked.digest,
     }
     say(common, document, "\n".join(lines))
-    if not result.verdicts:
-        sys.exit(1)
 
 
 @app.command
@@ -84,12 +97,15 @@ def noise(
 
     recipes, _ = load_recipes(name, sets or [])
     recipe = one_of(recipes, arm or next(iter(recipes)), name)
-    with console.StudyProgress(2 * seeds, quiet=common.as_json) as bars:
+    store, options = common.together()
+    with console.StudyProgress(2 * seeds, quiet=common.quiet(options)) as bars:
         found = measure_noise(
-            recipe, common.store(), common.options(), metric=metric, seeds=seeds,
-            first_seed=common.seed, workers=workers_at(on),
+            recipe, store, options, metric=metric, seeds=seeds,
+            first_seed=common.seed, workers=workers_at(on, options),
             on_progress=bars.step, on_done=bars.ended,
         )  # fmt: skip
+    if not options.team.is_lead:
+        return
     lines = [
         f"{found.metric}: mean {found.mean:.4f}, standard deviation over seeds {found.sd:.4f}",
         found.verdict.sentence,
@@ -113,22 +129,27 @@ def resume(*, on: On = "local", common: Common = Common()) -> None:
     from maquette.study.compare import compare as run_compare
     from maquette.study.study import parse_study
 
-    store = common.store()
-    open_studies = [s for s in store.list_studies() if s.status != "done"]
+    store, options = common.together()
+    open_studies = options.team.lead(
+        lambda: [s for s in store.list_studies() if s.status != "done"]
+    )
     answers = {}
     for record in open_studies:
         asked = parse_study(yaml.safe_load(record.yaml), name=record.name, where=record.name)
         if asked.ladder is not None:  # only a forecast keeps its ladder in the store
+            if not options.team.alone:
+                raise BadInput("a forecast runs in one process", where=record.name, mend=ONE)
             _, report, _ = forecast_from_study(asked, asked.ladder, store, on=on, common=common)
             answers[record.name] = sentences(report)
             continue
-        with console.StudyProgress(
-            len(asked.arms) * len(asked.seeds), quiet=common.as_json
-        ) as bars:
+        runs, quiet = len(asked.arms) * len(asked.seeds), common.quiet(options)
+        with console.StudyProgress(runs, quiet=quiet) as bars:
             result = run_compare(
-                asked, store, common.options(), workers=workers_at(on),
+                asked, store, options, workers=workers_at(on, options),
                 on_progress=bars.step, on_done=bars.ended,
             )  # fmt: skip
         answers[record.name] = [verdict.sentence for verdict in result.verdicts.values()]
+    if not options.team.is_lead:
+        return
     text = "\n".join(f"{k}: {' '.join(v)}" for k, v in answers.items())
     say(common, answers, text or "nothing to resume: every study has its verdict")

@@ -3,6 +3,7 @@
 The test suite runs them over every registered part; `conform` runs them over one from elsewhere.
 """
 
+from maquette.conformance.agreement import cases, disagreements
 from maquette.conformance.checks import (
     check_audit,
     check_bodies_agree,
@@ -23,6 +24,7 @@ from maquette.conformance.world import World, example_options, recipe_for, workl
 
 __all__ = [
     "World",
+    "cases",
     "check_audit",
     "check_bodies_agree",
     "check_card",
@@ -37,6 +39,7 @@ __all__ = [
     "check_trains",
     "conform",
     "conform_named",
+    "disagreements",
     "example_options",
     "recipe_for",
     "workloads_of",

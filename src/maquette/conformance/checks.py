@@ -27,9 +27,10 @@ from maquette.conformance.world import (
 from maquette.errors import BadInput, MaquetteError
 from maquette.parts import Audit, Objective, Part, Surgery, Workload
 from maquette.recipe import parse_part
+from maquette.schedules import Horizon
 from maquette.training.ledger import CAUSES, Ledger
 
-TRAINED_WITH = ("objective", "optim", "surgery", "feed", "data_op")
+TRAINED_WITH = ("objective", "optim", "surgery", "feed", "data_op", "selector")
 OPTIONAL_CARD_FIELDS = ("arxiv", "paper_figures", "clashes", "differs")
 CARDLESS = ("workload",)
 LOGIT_TOLERANCE = 1e-5
@@ -134,8 +135,12 @@ def check_same_bits(one: Run, other: Run, cls: type[Part]) -> None:
 
 
 def check_resume(world: World, cls: type[Part], data: Mapping[str, Any], whole: Run) -> None:
-    """N steps are k steps, a kill and N - k steps: early, before any checkpoint, and late."""
-    for after in (1, STEPS - 3):
+    """N steps are k steps, a kill and N - k steps: early, before any checkpoint, and late.
+
+    A feed that refreshes is killed just before and just after each refresh too.
+    """
+    due = whole.recipe.last.feed.refresh_steps(Horizon(STEPS))
+    for after in sorted({1, STEPS - 3, *due, *(step + 1 for step in due)} - {0, STEPS}):
         check_same_bits(whole, world.train_with_a_kill(data, after), cls)
 
 
@@ -184,6 +189,16 @@ def _logits(model: Any, run: Run) -> Tensor:
     given = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     logits: Tensor = model(input_ids=ids, **given).logits
     return logits.float()
+
+
+def check_two_ranks(cls: type[Part], world: World) -> None:
+    """Two ranks train it to the numbers of one process, at the scale it declares."""
+    from maquette.conformance.agreement import cases, disagreements
+
+    found = cases([cls], world)
+    if found:
+        for name, what in disagreements(found, world, world.folder / "ranks").items():
+            _need(not what, f"two ranks differ in {name}: {what}", cls)
 
 
 # --- audits and workloads ------------------------------------------------------------------------
@@ -260,6 +275,7 @@ def conform(
         checks.append(("bodies", lambda: check_bodies_agree(cls, world)))
     for slug in workloads_of(cls) if cls.kind in (*TRAINED_WITH, "audit") else ():
         checks += _checks_of_a_run(cls, given, world, slug)
+    checks.append(("two ranks", lambda: check_two_ranks(cls, world)))
     for name, check in checks:
         try:
             check()

@@ -280,7 +280,7 @@ def recipe_for(
 ) -> dict[str, Any]:
     """A recipe of a few steps with this part in its slot, around it the baseline."""
     spec = {"type": cls.type, **options}
-    slot = {"data_op": "data", "surgery": "surgery"}.get(cls.kind, cls.kind)
+    slot = {"data_op": "data", "selector": "data"}.get(cls.kind, cls.kind)
     data: dict[str, Any] = {
         "workload": world.workload(workload),
         "size": "nano",
@@ -288,7 +288,7 @@ def recipe_for(
         "budget": f"{STEPS}step",
         "evaluate": [],
     }
-    if cls.kind in ("data_op", "surgery"):
+    if cls.kind in ("data_op", "selector", "surgery"):
         data[slot] = [spec]
     elif cls.kind in ("objective", "optim", "feed"):
         data[slot] = spec

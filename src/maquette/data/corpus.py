@@ -8,36 +8,31 @@ the evaluation parts never pass through them, so arms that differ in data stay c
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field
 
 from maquette.data import dedup, table, tokenizers
 from maquette.data.cache import built_once, digest, read_card
-from maquette.data.documents import SCHEMA, hash_ids
+from maquette.data.engines import Engine, InProcess
 from maquette.data.packing import PackedTokens, pack
 from maquette.data.readers import CorpusSpec, fingerprint, parse_size, read
 from maquette.data.split import PARTS, check_split, split
+from maquette.data.steps import DataOp, Progress, Step, run_steps
 from maquette.data.streams import ReadReport
 from maquette.data.table import DROPPED, DocumentWriter, stored
 from maquette.data.tokenizers import TokenizerSpec
 from maquette.errors import BadInput
 
 _FORMAT = 2
-FIT_SAMPLE_BYTES = 16 << 20
-_NUMBER = re.compile(r"(?<![\w.])-?\d[\d.e+-]*")
 EXACT, NEAR = "exact duplicate", "near duplicate"
-Progress = Callable[[str, int, int | None], None]
-"""Called as progress(stage, bytes done, bytes in all or None while unknown)."""
 
 
 class DedupSpec(BaseModel):
@@ -51,15 +46,6 @@ class DedupSpec(BaseModel):
     """Remove all but one of a cluster linked at this Jaccard similarity; null removes none."""
     group: float | None = Field(default=0.5, gt=0, le=1)
     """Documents linked at this similarity are held out, or trained on, together."""
-
-
-class DataOp(Protocol):
-    """What `prepare` needs of a data part."""
-
-    def digest_key(self) -> str: ...
-    def reads(self) -> Mapping[str, str]: ...
-    def fit(self, sample: pa.Table, ctx: Any) -> Any: ...
-    def apply(self, batch: pa.RecordBatch, state: Any) -> pa.RecordBatch: ...
 
 
 @dataclass(frozen=True)
@@ -124,14 +110,15 @@ def prepare(
     held_out_fraction: float = 0.05,
     dev_fraction: float = 0.0,
     dedup: DedupSpec | None = None,
-    ops: Sequence[DataOp] = (),
+    ops: Sequence[Step] = (),
     ctx: Any = None,
     progress: Progress | None = None,
 ) -> Corpus:
     """Read, deduplicate, split, curate, tokenise and pack a corpus; later calls only open it.
 
     cache: folder for the layers. held_out_fraction, dev_fraction: expected fractions of clusters.
-    ops: data parts, in order, for the training part alone; `ctx` is handed to their `fit`.
+    ops: data parts and selections, in order, for the training part alone; `ctx` is handed to
+    their `fit` and `choose`.
     Raises BadInput if the corpus, the split or the tokenizer cannot be had from this input.
     """
     spec = CorpusSpec.model_validate(spec)
@@ -146,7 +133,7 @@ def prepare(
             mend="0.05 is usual",
         )
     fractions = {"held_out": held_out_fraction, "dev": dev_fraction}
-    base, top = _layers(spec, rules, fractions, ops, cache, ctx, tell)
+    base, top = _layers(spec, rules, fractions, ops, cache, ctx, InProcess(), tell)
     dropped_files = [folder / "dropped.parquet" for folder in dict.fromkeys((base, top))]
     trained = _tokenizer_folder(tokenizer, base, cache, tell)
     files = {"train": top / "train.parquet"}
@@ -179,18 +166,25 @@ class Curated:
 
 def curate(
     spec: CorpusSpec | str,
-    ops: Sequence[DataOp],
+    ops: Sequence[Step],
     *,
     cache: Path,
     dedup: DedupSpec | None = None,
     ctx: Any = None,
+    engine: Engine | None = None,
     progress: Progress | None = None,
 ) -> Curated:
-    """Read a corpus, remove duplicates and apply data parts; cached like `prepare`."""
+    """Read a corpus, remove duplicates and apply data parts; cached like `prepare`.
+
+    engine: who does the row-wise work, this process by default. The result is the same to the
+    byte, which is why the cache does not tell engines apart.
+    """
     spec = CorpusSpec.model_validate(spec)
     none = {"held_out": 0.0, "dev": 0.0}
+    # Nothing is split, so nothing need stay on one side of a split.
+    rules = (dedup or DedupSpec()).model_copy(update={"group": None})
     tell = progress or (lambda *_: None)
-    base, top = _layers(spec, dedup or DedupSpec(), none, ops, Path(cache), ctx, tell)
+    base, top = _layers(spec, rules, none, ops, Path(cache), ctx, engine or InProcess(), tell)
     folders = tuple(dict.fromkeys((base, top)))
     first = read_card(base)
     card = {
@@ -206,21 +200,25 @@ def _layers(
     spec: CorpusSpec,
     rules: DedupSpec,
     fractions: dict[str, float],
-    ops: Sequence[DataOp],
+    ops: Sequence[Step],
     cache: Path,
     ctx: Any,
+    engine: Engine,
     tell: Progress,
 ) -> tuple[Path, Path]:
     """Folders of the documents, and of what data parts left of the training part."""
     key = digest(_FORMAT, spec.model_dump(), rules.model_dump(), fractions, fingerprint(spec))
     base = built_once(
-        cache, f"documents-{key}", lambda to: _documents(spec, rules, fractions, to, tell)
+        cache, f"documents-{key}", lambda to: _documents(spec, rules, fractions, engine, to, tell)
     )
     if not ops:
         return base, base
     read = {name: ctx.stage(name).digest for op in ops for name in op.reads()}
     key = digest(_FORMAT, base.name, [op.digest_key() for op in ops], *([read] if read else []))
-    top = built_once(cache, f"curated-{key}", lambda to: _curated(base, ops, ctx, to, tell))
+    source = base / "train.parquet"
+    top = built_once(
+        cache, f"curated-{key}", lambda to: run_steps(source, ops, ctx, engine, to, tell)
+    )
     if ctx is not None:
         # What the parts cost is paid by every run that uses them, whoever computed them first.
         ctx.ledger.add(type(ctx.ledger).from_dict(read_card(top)["ledger"]))
@@ -228,20 +226,18 @@ def _layers(
 
 
 def _documents(
-    spec: CorpusSpec, rules: DedupSpec, fractions: dict[str, float], to: Path, tell: Progress
+    spec: CorpusSpec,
+    rules: DedupSpec,
+    fractions: dict[str, float],
+    engine: Engine,
+    to: Path,
+    tell: Progress,
 ) -> dict[str, Any]:
     """Layer 1: `train.parquet`, `held_out.parquet`, `dev.parquet`, `dropped.parquet`."""
-    report, unsplit, sketches = ReadReport(), to / "unsplit.parquet", to / "signatures.bin"
-    ids: list[np.ndarray] = []
-    exact: list[np.ndarray] = []
-    with DocumentWriter(unsplit) as out, sketches.open("wb") as sketch:
+    report, unsplit = ReadReport(), to / "unsplit.parquet"
+    with DocumentWriter(unsplit) as out:
         for batch in read(spec, report):
             out.write(batch)
-            texts = batch["text"].to_pylist()
-            ids.append(hash_ids(batch["id"].to_pylist()))
-            exact.append(dedup.exact_keys(texts))
-            if rules.near is not None or rules.group is not None:
-                sketch.write(dedup.signatures(texts).tobytes())
             tell("read", report.bytes, None)
     if report.documents < 2:
         raise BadInput(
@@ -250,15 +246,20 @@ def _documents(
             key="path",
             mend="give one document per file, per JSON line, or per paragraph of a .txt file",
         )
-    keys = np.concatenate(ids)
-    why, group = _duplicates(rules, keys, np.concatenate(exact), sketches)
+    with dedup.SketchFile(to / "signatures.bin") as sketches:
+        near = rules.near is not None or rules.group is not None
+        for sketch in engine.map(dedup.Sketch(near), unsplit):
+            sketches.add(sketch)
+            done = report.bytes * sketches.n_documents // report.documents
+            tell("find duplicates", done, report.bytes)
+        keys = sketches.keys()
+        why, group = _duplicates(rules, keys, sketches)
     kept = why == 0
     part = np.full(len(keys), -1, np.int8)
     part[kept] = split(keys[kept], group[kept], fractions["held_out"], fractions["dev"])
     check_split(part[kept], fractions["held_out"], spec.path)
     parts = _write_parts(unsplit, to, part, why, report.bytes, tell)
     unsplit.unlink()
-    sketches.unlink()
     largest = int(np.unique(group[kept], return_counts=True)[1].max())
     removed = {EXACT: int((why == 1).sum()), NEAR: int((why == 2).sum())}
     return {"read": report.as_dict(), "duplicates": removed, "largest_group": largest,
@@ -266,21 +267,16 @@ def _documents(
 
 
 def _duplicates(
-    rules: DedupSpec, keys: np.ndarray, exact: np.ndarray, sketches: Path
+    rules: DedupSpec, keys: np.ndarray, sketches: dedup.SketchFile
 ) -> tuple[np.ndarray, np.ndarray]:
     """(0 kept, 1 exact, 2 near; group for the split) of each document. Of a cluster the document
     with the smallest hashed id stays, which does not depend on the order of reading."""
     why = np.zeros(len(keys), np.int8)
-    order = np.lexsort(exact.T)
-    group = np.empty(len(keys), np.int64)
-    group[order] = np.cumsum(np.any(np.diff(exact[order], axis=0, prepend=exact[order[:1]]), 1))
-    equal = group
-    if sketches.stat().st_size:
-        sigs = np.memmap(sketches, np.uint32, "r").reshape(-1, dedup.N_BINS)
-        if rules.near is not None:
-            why[_all_but_first(keys, dedup.clusters(sigs, rules.near))] = 2
-        if rules.group is not None:
-            group = dedup.clusters(sigs, rules.group)
+    equal = group = sketches.equal_texts()
+    if rules.near is not None:
+        why[_all_but_first(keys, dedup.clusters(sketches.signatures(), rules.near))] = 2
+    if rules.group is not None:
+        group = dedup.clusters(sketches.signatures(), rules.group)
     if rules.exact:
         why[_all_but_first(keys, equal)] = 1
     return why, group
@@ -313,66 +309,6 @@ def _write_parts(
         name: {"documents": w.documents, "bytes": w.bytes, "digest": w.digest}
         for name, w in zip(PARTS, writers, strict=True)
     }
-
-
-def _curated(
-    base: Path, ops: Sequence[DataOp], ctx: Any, to: Path, tell: Progress
-) -> dict[str, Any]:
-    """Layer 2: the training part after data parts, each fitted on what the one before left."""
-    source, stages = base / "train.parquet", []
-    if ctx is not None:
-        ctx = replace(ctx, ledger=type(ctx.ledger)(), held_out=base / "held_out.parquet")
-    with DocumentWriter(to / "dropped.parquet", DROPPED) as left_out:
-        for n, op in enumerate(ops):
-            name = type(op).__name__
-            everything = getattr(op, "fits_on", "sample") == "all"
-            fitting = list(stored(source) if everything else table.sample(source, FIT_SAMPLE_BYTES))
-            state = op.fit(pa.Table.from_batches(fitting), ctx)
-            target, why = to / f"stage-{n}.parquet", Counter[str]()
-            with DocumentWriter(target) as out:
-                for batch in stored(source):
-                    kept, gone, reasons = _sifted(op.apply(batch, state), batch, name)
-                    out.write(kept)
-                    left_out.write(table.dropped(gone, reasons))
-                    # A reason holds the row's own score; rows of one cut count together.
-                    why.update(_NUMBER.sub("…", r, count=1) for r in reasons.to_pylist())
-                    tell(f"data part {name}", out.bytes, None)
-            if out.documents == 0:
-                raise BadInput(
-                    f"the data part dropped all documents ({dict(why)})",
-                    where=name,
-                    mend="loosen its thresholds or give a larger corpus",
-                )
-            warnings = op.diagnose(state) if hasattr(op, "diagnose") else {}
-            stages.append({"part": name, "dropped": dict(why), "warnings": warnings})
-            if n:
-                source.unlink()
-            source = target
-    source.rename(to / "train.parquet")
-    counts = {"documents": out.documents, "bytes": out.bytes, "digest": out.digest}
-    ledger = ctx.ledger.as_dict() if ctx is not None else None
-    return {"ops": stages, "train": counts, "ledger": ledger}
-
-
-def _sifted(
-    result: pa.RecordBatch, given: pa.RecordBatch, name: str
-) -> tuple[pa.RecordBatch, pa.RecordBatch, pa.Array]:
-    """(kept rows without `keep` and `why`, dropped rows, their reasons)."""
-    if missing := set(SCHEMA.names) - set(result.schema.names):
-        raise ValueError(f"{name}.apply must return the columns {sorted(missing)}")
-    if result.num_rows < given.num_rows:
-        raise ValueError(f"{name}.apply lost rows: set `keep` to False and say `why` instead")
-    names = [n for n in result.schema.names if n not in ("keep", "why")]
-    if "keep" not in result.schema.names:
-        none = result.slice(0, 0)
-        return result.select(names), none, pa.array([], pa.string())
-    keep = pc.fill_null(result["keep"], False)
-    gone = result.filter(pc.invert(keep))
-    if "why" in result.schema.names:
-        reasons = pc.fill_null(gone["why"].cast(pa.string()), name)
-    else:
-        reasons = pa.array([name] * gone.num_rows, pa.string())
-    return result.filter(keep).select(names), gone, reasons
 
 
 def _tokenizer_folder(spec: TokenizerSpec, base: Path, cache: Path, tell: Progress) -> Path:

@@ -11,14 +11,21 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+
+from maquette.data.documents import hash_ids
 
 N_BINS = 128
 SHINGLE_WORDS = 5
 _CHUNK_BYTES = 1 << 20
 _ROWS = 8192
+_BUCKET_ROWS = 1 << 18
+_ROW_BYTES = 4 * N_BINS
 _EMPTY = np.uint32(0xFFFFFFFF)
 
 
@@ -177,47 +184,60 @@ def bands(threshold: float, recall: float = 0.99) -> tuple[int, int]:
     return N_BINS, 1
 
 
-def clusters(sigs: np.ndarray, threshold: float) -> np.ndarray:
+def clusters(sigs: np.ndarray | SignatureFile, threshold: float) -> np.ndarray:
     """Cluster of each document, int64 of shape (N,): the smallest row number in its cluster.
 
     Two documents are linked if they share a band and their estimated Jaccard similarity is at
     least `threshold`; clusters are the connected components. Within a group that shares a band
     each document is compared with its neighbour and with the group's first, not with all, so
-    time is O(N log N) per band. Memory beside `sigs` (which may be a memory map) is about
-    60 bytes per document.
+    time is O(N log N) per band. Memory beside `sigs` (which may stay on disk) is about 20 bytes
+    per document, and 60 more per document that shares a band with another.
     """
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    n = len(sigs)
-    labels = np.arange(n, dtype=np.int64)
+    labels = np.arange(len(sigs), dtype=np.int64)
     n_bands, rows = bands(threshold)
     for band in range(n_bands):
-        left, right = _linked(sigs, labels, slice(band * rows, (band + 1) * rows), threshold)
-        if not left.size:
-            continue
-        edges = (np.ones(len(left), np.int8), (labels[left], labels[right]))
-        _, component = connected_components(coo_array(edges, shape=(n, n)), directed=False)
-        component = component[labels]
-        smallest = np.full(component.max() + 1, n, np.int64)
-        np.minimum.at(smallest, component, np.arange(n))
-        labels = smallest[component]
+        keys = _band_keys(sigs, slice(band * rows, (band + 1) * rows))
+        pairs = [_linked(sigs, labels, members, keys, threshold) for members in _buckets(keys)]
+        left, right = (np.concatenate(side) for side in zip(*pairs, strict=True))
+        if left.size:
+            _merge(labels, left, right)
     return labels
 
 
-def _linked(
-    sigs: np.ndarray, labels: np.ndarray, columns: slice, threshold: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs of rows that agree in these columns, are not linked yet, and are similar."""
+def _band_keys(sigs: np.ndarray | SignatureFile, columns: slice) -> np.ndarray:
+    """A hash of these columns of each signature, uint64 of shape (N,)."""
     key = np.zeros(len(sigs), np.uint64)
-    for start in range(0, len(sigs), _ROWS):  # one pass over a memory map, not one per column
+    for start in range(0, len(sigs), _ROWS):
         block = np.asarray(sigs[start : start + _ROWS, columns], np.uint64)
         part = key[start : start + _ROWS]
         for column in block.T:
             part[:] = mix64(part + column + np.uint64(0x9E3779B97F4A7C15))
+    return key
+
+
+def _buckets(keys: np.ndarray) -> Iterator[np.ndarray]:
+    """Rows by the top bits of their key: equal keys lie together, and each is sorted alone."""
+    bits = np.uint64(max(0, (len(keys) // _BUCKET_ROWS).bit_length()))
+    if not bits:
+        yield np.arange(len(keys))
+        return
+    for bucket in range(1 << int(bits)):
+        yield np.flatnonzero(keys >> (np.uint64(64) - bits) == bucket)
+
+
+def _linked(
+    sigs: np.ndarray | SignatureFile,
+    labels: np.ndarray,
+    members: np.ndarray,
+    keys: np.ndarray,
+    threshold: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of these rows that agree in their key, are not linked yet, and are similar."""
+    key = keys[members]
     order = np.argsort(key, kind="stable")
+    key, order = key[order], members[order]
     new_group = np.ones(len(order), bool)
-    new_group[1:] = key[order][1:] != key[order][:-1]
+    new_group[1:] = key[1:] != key[:-1]
     first = order[np.maximum.accumulate(np.where(new_group, np.arange(len(order)), 0))]
     inner = np.flatnonzero(~new_group)
     left = np.concatenate([order[inner], order[inner]])
@@ -229,3 +249,135 @@ def _linked(
         here = slice(start, start + _ROWS)
         similar[here] = jaccard_estimate(sigs[left[here]], sigs[right[here]]) >= threshold
     return left[similar], right[similar]
+
+
+def _merge(labels: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
+    """Give the clusters of linked rows their smallest label, in place."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    joined, ends = np.unique(np.concatenate([labels[left], labels[right]]), return_inverse=True)
+    n = len(joined)
+    edges = (np.ones(len(left), np.int8), (ends[: len(left)], ends[len(left) :]))
+    _, component = connected_components(coo_array(edges, shape=(n, n)), directed=False)
+    smallest = np.full(component.max() + 1, len(labels), np.int64)
+    np.minimum.at(smallest, component, joined)
+    for start in range(0, len(labels), _BUCKET_ROWS):
+        part = labels[start : start + _BUCKET_ROWS]
+        at = np.minimum(np.searchsorted(joined, part), n - 1)
+        hit = joined[at] == part
+        part[hit] = smallest[component[at[hit]]]
+
+
+# --- sketches of a corpus, beside its documents ---------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """What duplicates are found by, of a batch of documents: work for an engine."""
+
+    near: bool = True
+    """Whether signatures are needed, which take most of the time."""
+
+    def __call__(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """Columns `key` (hash of the id), `exact` (of the text) and, if `near`, `signature`."""
+        texts = batch["text"].to_pylist()
+        columns = {
+            "key": pa.array(hash_ids(batch["id"].to_pylist())),
+            "exact": _fixed(exact_keys(texts)),
+        }
+        if self.near:
+            columns["signature"] = _fixed(signatures(texts))
+        return pa.RecordBatch.from_pydict(columns)
+
+
+def _fixed(rows: np.ndarray) -> pa.Array:
+    """Rows of numbers as binary values of one width."""
+    width = rows.shape[1] * rows.itemsize
+    buffers = [None, pa.py_buffer(np.ascontiguousarray(rows))]
+    return pa.Array.from_buffers(pa.binary(width), len(rows), buffers)
+
+
+def _numbers(column: pa.Array, dtype: type[np.generic], width: int) -> np.ndarray:
+    """The rows of numbers that `_fixed` made binary values of."""
+    rows = np.frombuffer(column.buffers()[1], dtype).reshape(-1, width)
+    return rows[column.offset : column.offset + len(column)]
+
+
+class SignatureFile:
+    """Signatures on disk, uint32 of shape (N, 128), read as an array of that shape would be.
+
+    A memory map would do the same with all of the file resident at once.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __len__(self) -> int:
+        return self.path.stat().st_size // _ROW_BYTES
+
+    def __getitem__(self, key: tuple[slice, slice] | np.ndarray) -> np.ndarray:
+        """Columns of consecutive rows, `file[start:stop, columns]`, or the rows of an index."""
+        if isinstance(key, tuple):
+            rows, columns = key
+            start, stop, _ = rows.indices(len(self))
+            count, offset = (stop - start) * N_BINS, start * _ROW_BYTES
+            block = np.fromfile(self.path, np.uint32, count, offset=offset)
+            return block.reshape(-1, N_BINS)[:, columns]
+        found = np.empty((len(key), N_BINS), np.uint32)
+        with self.path.open("rb", buffering=0) as file:
+            for out, row in zip(found, key.tolist(), strict=True):
+                file.seek(row * _ROW_BYTES)
+                file.readinto(out.data)
+        return found
+
+
+class SketchFile:
+    """Collects the sketches of a corpus: signatures in a file, 24 bytes per document in memory.
+
+    The file is deleted when the `with` block ends.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.n_documents = 0
+        self._keys: list[np.ndarray] = []
+        self._exact: list[np.ndarray] = []
+
+    def __enter__(self) -> SketchFile:
+        self._file = self.path.open("wb")
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._file.close()
+        self.path.unlink()
+
+    def add(self, sketch: pa.RecordBatch) -> None:
+        """Append what `Sketch` gave for the next batch."""
+        # Copies: a view would keep the whole message of a worker alive, signatures and all.
+        self._keys.append(sketch["key"].to_numpy().copy())
+        self._exact.append(_numbers(sketch["exact"], np.uint64, 2).copy())
+        if "signature" in sketch.schema.names:
+            self._file.write(_numbers(sketch["signature"], np.uint32, N_BINS).tobytes())
+        self.n_documents += sketch.num_rows
+
+    def keys(self) -> np.ndarray:
+        """`documents.hash_ids` of each document, uint64 of shape (N,)."""
+        return np.concatenate(self._keys)
+
+    def equal_texts(self) -> np.ndarray:
+        """Number of the group of equal texts of each document, int64 of shape (N,)."""
+        high, low = (np.concatenate([rows[:, i] for rows in self._exact]) for i in (0, 1))
+        order = np.lexsort((high, low))
+        new_group = np.ones(len(order), bool)
+        new_group[1:] = False
+        for half in (high, low):
+            ordered = half[order]
+            new_group[1:] |= ordered[1:] != ordered[:-1]
+        group = np.empty(len(order), np.int64)
+        group[order] = np.cumsum(new_group)
+        return group
+
+    def signatures(self) -> SignatureFile:
+        self._file.flush()
+        return SignatureFile(self.path)

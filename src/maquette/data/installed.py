@@ -1,7 +1,8 @@
 """The `python:` corpus: code, docstrings and package descriptions installed on this machine.
 
 Real text that every user has on disk. A top-level package is a domain, the standard library is
-the domain `stdlib`, and the year is that of the first copyright line.
+the domain `stdlib`, and the year is that of the first copyright line. In `python:kinds` the domain
+names the kind of text too, for studies that need prose and code told apart.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from maquette.errors import BadInput, did_you_mean
 if TYPE_CHECKING:
     from maquette.data.readers import Raw
 
-VARIANTS = ("", "code", "docstrings", "descriptions")
+VARIANTS = ("", "code", "docstrings", "descriptions", "kinds")
 MAX_FILE_BYTES = 1_000_000
 OWN = "maquette"
 _SITE_FOLDERS = {"site-packages", "dist-packages"}
@@ -95,8 +96,9 @@ def copyright_year(text: str) -> int | None:
 
 
 def read_installed(spec: Any, limit: int | None, report: ReadReport) -> Iterator[Raw]:
-    """Documents of `python:[code|docstrings|descriptions]`; plain `python:` is code with
-    descriptions. Raises BadInput for another variant."""
+    """Documents of `python:[code|docstrings|descriptions|kinds]`; plain `python:` is code with
+    descriptions. `kinds` is code without its docstrings, docstrings and descriptions, each in the
+    domain `<kind>/<package>`. Raises BadInput for another variant."""
     variant = spec.path.removeprefix("python:")
     if variant not in VARIANTS:
         raise BadInput(
@@ -106,7 +108,7 @@ def read_installed(spec: Any, limit: int | None, report: ReadReport) -> Iterator
             mend=did_you_mean(variant, VARIANTS[1:]),
         )
     files = [] if variant == "descriptions" else list(source_files())
-    described = list(_descriptions()) if variant in ("", "descriptions") else []
+    described = list(_descriptions()) if variant in ("", "descriptions", "kinds") else []
     if limit is not None:
         from maquette.data.readers import within_limit
 
@@ -117,11 +119,34 @@ def read_installed(spec: Any, limit: int | None, report: ReadReport) -> Iterator
         )
         described = [d for d, kept in zip(described, chosen[len(files) :], strict=True) if kept]
         files = [f for f, kept in zip(files, chosen[: len(files)], strict=True) if kept]
-    yield from _read_files(files, variant == "docstrings", report)
+    yield from (
+        _by_kind(files, report)
+        if variant == "kinds"
+        else _read_files(files, variant == "docstrings", report)
+    )
     from maquette.data.readers import Raw
 
+    prefix = "descriptions/" if variant == "kinds" else ""
     for row_id, domain, text in described:
-        yield Raw(row_id, text, domain, copyright_year(text), "description")
+        yield Raw(row_id, text, prefix + domain, copyright_year(text), "description")
+
+
+def _by_kind(files: list[tuple[str, str, Path, int]], report: ReadReport) -> Iterator[Raw]:
+    """Each file as two documents: `code/<id>` without docstrings, and `docstrings/<id>`."""
+    from maquette.data.readers import Raw
+
+    for raw in _read_files(files, False, report):
+        tree = parse(raw.text or "")
+        if tree is None:
+            report.dropped["Python that does not parse"] += 1
+            continue
+        strings = docstrings(tree)
+        code = without_docstrings(raw.text or "", tree)
+        yield Raw(f"code/{raw.id}", code, f"code/{raw.domain}", raw.year, "code")
+        if strings:
+            text = "\n\n".join(strings)
+            domain = f"docstrings/{raw.domain}"
+            yield Raw(f"docstrings/{raw.id}", text, domain, raw.year, "docstrings")
 
 
 def _read_files(
@@ -159,17 +184,46 @@ def _descriptions() -> Iterator[tuple[str, str, str]]:
             yield f"description/{distribution.name}", distribution.name, text
 
 
-def docstrings(source: str) -> list[str]:
+_DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def _documented(tree: ast.Module) -> list[Any]:
+    """Module, classes and functions in order of their place."""
+    nodes = [n for n in ast.walk(tree) if isinstance(n, _DOCUMENTED)]
+    return sorted(nodes, key=lambda n: getattr(n, "lineno", 0))
+
+
+def docstrings(source: str | ast.Module) -> list[str]:
     """Docstrings of the module, its classes and its functions, in order; none if it will not
     parse (files of other Python versions do not)."""
-    tree = parse(source)
+    tree = parse(source) if isinstance(source, str) else source
     if tree is None:
         return []
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = [n for n in ast.walk(tree) if isinstance(n, kinds)]
-    nodes.sort(key=lambda n: getattr(n, "lineno", 0))
-    found = (ast.get_docstring(n) for n in nodes)
+    found = (ast.get_docstring(n) for n in _documented(tree))
     return [text for text in found if text]
+
+
+def without_docstrings(source: str, tree: ast.Module) -> str:
+    """The source with each docstring taken out; where it was all of a body, `...` stands.
+
+    tree: that `parse` gave for the source. The lines of a docstring are left out whole, so one
+    that shares a line with other code stays.
+    """
+    lines = source.encode(errors="surrogatepass").splitlines(keepends=True)
+    gone: dict[int, bytes] = {}
+    for node in _documented(tree):
+        if ast.get_docstring(node, clean=False) is None:
+            continue
+        text = node.body[0]
+        first, last = lines[text.lineno - 1], lines[text.end_lineno - 1]
+        before, after = first[: text.col_offset], last[text.end_col_offset :]
+        if before.strip() or after.strip():
+            continue
+        gone.update(dict.fromkeys(range(text.lineno - 1, text.end_lineno), b""))
+        if len(node.body) == 1 and not isinstance(node, ast.Module):
+            gone[text.lineno - 1] = before + b"...\n"
+    kept = (gone.get(n, line) for n, line in enumerate(lines))
+    return b"".join(kept).decode(errors="surrogatepass")
 
 
 def parse(source: str) -> ast.Module | None:

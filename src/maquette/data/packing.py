@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from maquette.data.documents import hash_ids
+from maquette.data.mapped import release
 from maquette.data.tokenizers import Encoder, end_of_document
 
 _ENCODE_BYTES = 1 << 20
@@ -94,6 +96,11 @@ class PackedTokens:
             raise KeyError(f"no domain `{name}`; have {', '.join(self.domains)}")
         return self.domain_tokens[name]
 
+    def domains_at(self, places: np.ndarray) -> np.ndarray:
+        """Index into `domains` of the token at each place, same shape."""
+        document = np.searchsorted(self.doc_starts, places, side="right") - 1
+        return np.asarray(self.doc_domain[document])
+
     def document(self, i: int) -> np.ndarray:
         """Tokens of document i with its end mark, int64."""
         return self.tokens[self.doc_starts[i] : self.doc_starts[i + 1]].astype(np.int64)
@@ -136,9 +143,7 @@ def pack(
     encode = Encoder(tokenizer, dtype)
     end = np.array([eos_id], dtype).tobytes()
     codes: dict[str, int] = {}
-    lengths: list[int] = []
-    sizes: list[int] = []
-    domains: list[int] = []
+    lengths, sizes, domains = array("q"), array("q"), array("q")
     keys: list[np.ndarray] = []
     done = 0
     unsorted = folder / "unsorted.bin"
@@ -216,4 +221,5 @@ def _rewrite(
             piece = tokens[np.arange(ends[-1]) + shift].tobytes()
             out.write(piece)
             digest.update(piece)
+            release(tokens)
     return digest.hexdigest()

@@ -21,7 +21,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from maquette.data import streams
-from maquette.data.documents import documents, hash64
+from maquette.data.documents import documents, hash64, hash_ids
 from maquette.data.streams import ReadReport
 from maquette.errors import BadInput, did_you_mean
 
@@ -39,7 +39,7 @@ class CorpusSpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     path: str
-    """A file or folder, `hub:owner/name[:split]`, or `python:[code|docstrings|descriptions]`."""
+    """A file or folder, `hub:owner/name[:split]`, or `python:` (`data/installed.py`)."""
     text_column: str = "text"
     domain_column: str | None = None
     """Column that names the domain; else the first sub-folder, or the file's stem."""
@@ -210,7 +210,7 @@ def _limited(
     for raw in source(ReadReport()):
         keys.append(hash64(raw.id, b"limit"))
         sizes.append(len((raw.text or "").encode(errors="replace")))
-    chosen = _first_by_key(np.array(keys, np.uint64), np.array(sizes, np.int64), limit)
+    chosen = first_by_key(np.array(keys, np.uint64), np.array(sizes, np.int64), limit)
     for raw, kept in zip(source(report), chosen, strict=True):
         if kept:
             yield raw
@@ -218,11 +218,16 @@ def _limited(
 
 def within_limit(ids: list[str], sizes: list[int], limit: int) -> np.ndarray:
     """Which documents a limit in bytes keeps: a prefix of their order by a hash of the id."""
-    keys = np.fromiter((hash64(i, b"limit") for i in ids), np.uint64, len(ids))
-    return _first_by_key(keys, np.array(sizes, np.int64), limit)
+    return first_by_key(limit_keys(ids), np.array(sizes, np.int64), limit)
 
 
-def _first_by_key(keys: np.ndarray, sizes: np.ndarray, limit: int) -> np.ndarray:
+def limit_keys(ids: list[str]) -> np.ndarray:
+    """The hash of each id whose order a limit follows, uint64 of shape (N,)."""
+    return hash_ids(ids, b"limit")
+
+
+def first_by_key(keys: np.ndarray, sizes: np.ndarray, limit: int) -> np.ndarray:
+    """The longest prefix in order of the keys whose sizes sum to at most `limit`, bool (N,)."""
     order = np.argsort(keys, kind="stable")
     chosen = np.zeros(len(keys), bool)
     chosen[order[np.cumsum(sizes[order]) <= limit]] = True

@@ -24,8 +24,6 @@ Array = NDArray[np.float64]
 Scorer = Callable[[list[str]], Array]
 
 DIGEST_BYTES = 16
-# Shards of the cache are merged in memory once there are this many: a lookup asks each of them.
-MERGE_AFTER = 16
 
 
 def text_digests(texts: Sequence[str]) -> np.ndarray:
@@ -95,13 +93,16 @@ class ScoreCache:
         return found
 
     def _append(self, digests: np.ndarray, scores: Array) -> None:
-        self._shards.append((digests, scores))
-        if len(self._shards) > MERGE_AFTER:
-            whole = np.concatenate([d for d, _ in self._shards])
-            self._shards = [(whole, np.concatenate([s for _, s in self._shards]))]
-        known, values = self._shards.pop()
-        order = np.argsort(known, kind="stable")
-        self._shards.append((known[order], values[order]))
+        """Add a shard; shards of like size are merged, so that few are searched and each score is
+        moved O(log N) times."""
+        order = np.argsort(digests, kind="stable")
+        self._shards.append((digests[order], scores[order]))
+        while len(self._shards) > 1 and len(self._shards[-2][0]) < 2 * len(self._shards[-1][0]):
+            (old, old_scores), (new, new_scores) = self._shards[-2:]
+            whole = np.concatenate([old, new])
+            order = np.argsort(whole, kind="stable")
+            values = np.concatenate([old_scores, new_scores])
+            self._shards[-2:] = [(whole[order], values[order])]
 
     def _load_new(self) -> bool:
         names = {p.name for p in self.folder.glob("*.parquet")} - self._seen

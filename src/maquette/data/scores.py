@@ -112,6 +112,24 @@ def cut_at_fraction(
     return Cut(threshold, side, bound)
 
 
+def threshold_by_characters(scores: Array, characters: NDArray[Any], share: float) -> float:
+    """The score down to which documents are kept so that they hold a share of all characters.
+
+    scores: higher is better, shape (N,), N >= 1. characters: of each document. share: in (0, 1].
+    The walk of PreSelect's official code: from the best document down until the characters exceed
+    the share; the document that crosses it is kept, and so is every tie with it.
+    Raises ValueError for a share out of range, no document, or a score that is NaN.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"keep must be in (0, 1], got {share} (a share of the characters)")
+    if not len(scores) or np.isnan(scores).any():
+        raise ValueError(f"need one or more scores and no NaN, got {len(scores)} scores")
+    order = np.argsort(-scores, kind="stable")
+    held = np.cumsum(np.asarray(characters, np.float64)[order])
+    crossing = int(np.searchsorted(held, share * held[-1], "right"))
+    return float(scores[order[min(crossing, len(order) - 1)]])
+
+
 def hash_bound(
     ids: Sequence[str], sizes: NDArray[Any], target: float, salt: bytes
 ) -> tuple[float, float]:

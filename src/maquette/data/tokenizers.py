@@ -82,13 +82,25 @@ def byte_alphabet() -> list[str]:
     return [alphabet[b] for b in range(256)]
 
 
+def byte_level_words() -> Any:
+    """A pre-tokenizer that cuts at `PATTERN` and writes bytes as symbols of the byte alphabet."""
+    from tokenizers import Regex, pre_tokenizers
+
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
 def train(spec: TokenizerSpec, texts: Iterable[str]) -> Any:
     """A `PreTrainedTokenizerFast` for `bpe` (learnt from `texts`) or `bytes` (texts unused).
 
     The same texts in the same order give the same tokenizer, byte for byte.
     Raises BadInput if the texts hold fewer merges than `vocabulary` asks for.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, trainers
 
     special = spec.special_tokens()
     if spec.type == "bytes":
@@ -97,12 +109,7 @@ def train(spec: TokenizerSpec, texts: Iterable[str]) -> Any:
     else:
         model = models.BPE()
     tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    tokenizer.pre_tokenizer = byte_level_words()
     tokenizer.decoder = decoders.ByteLevel()
     if spec.type == "bytes":
         tokenizer.add_special_tokens(special)

@@ -7,7 +7,7 @@ scored one by one: no model gets help from a document that happened to stand bef
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from maquette.data.corpus import Corpus
 from maquette.data.dedup import mix64
 from maquette.data.packing import PackedTokens
-from maquette.data.tokenizers import content_digest, end_of_document
+from maquette.data.tokenizers import Encoder, content_digest, end_of_document
 from maquette.errors import BadInput
 from maquette.parts import Audit, Card, Ctx, Needs, Subject, register
 
@@ -136,6 +136,32 @@ def token_bits(model: PreTrainedModel, inputs_BT: Tensor, targets_BT: Tensor) ->
         logits.flatten(0, 1).float(), targets_BT.flatten(), reduction="none"
     ).double()
     return nats.view(targets_BT.shape) / math.log(2)
+
+
+def bits_per_byte_of(
+    texts: Sequence[str], length: int = 512
+) -> Callable[[PreTrainedModel, PreTrainedTokenizerBase], float]:
+    """A measure of a causal model with its tokenizer: all bits over all bytes of these texts.
+
+    Each text is scored on its own, from the end mark on, in windows of `length` tokens that do
+    not overlap; as `document_bits` does it for a held-out part.
+    """
+    n_bytes = sum(len(text.encode()) for text in texts)
+    if not n_bytes:
+        raise ValueError("there is no text to measure")
+
+    def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
+        bits, training = 0.0, model.training
+        model.eval()
+        for ids in Encoder(tokenizer, np.int64)(texts):
+            row = torch.from_numpy(np.concatenate([[end_of_document(tokenizer)], ids]))
+            for start in range(0, len(ids), length):
+                window = row[start : start + length + 1].to(model.device)[None]
+                bits += float(token_bits(model, window[:, :-1], window[:, 1:]).sum())
+        model.train(training)
+        return bits / n_bytes
+
+    return measure
 
 
 def document_bits(

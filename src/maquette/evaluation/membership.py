@@ -47,14 +47,19 @@ class TokenLogprobs:
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], bos: bool | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    bos: bool | None = None,
+    opening: int | None = None,
 ) -> list[np.ndarray]:
     """Token ids of each text, int64, without an end token; nothing in a text counts as special.
 
     bos: put the beginning-of-text token first, so that the first real token is predicted too;
-    None does what the tokenizer does by itself. Raises ValueError if it has no such token.
+    None does what the tokenizer does by itself. opening: put this id first instead.
+    Raises ValueError if the tokenizer has no such token.
     """
-    start = tokenizer.bos_token_id
+    start = tokenizer.bos_token_id if opening is None else opening
+    bos = bos if opening is None else True
     if bos and start is None:
         raise ValueError("bos=True, but the tokenizer has no beginning-of-text token")
     if bos is None:
@@ -75,28 +80,33 @@ def token_logprobs(
     batch_size: int = 32,
     *,
     context: int | None = None,
+    stride: int | None = None,
     bos: bool | None = None,
+    opening: int | None = None,
     moments: bool = False,
 ) -> list[TokenLogprobs]:
     """Log-probability of every token of every text under a causal model.
 
     batch_size: windows per forward pass at most; fewer where the logits would be large.
     context: tokens the model reads at once; None takes the model's own limit. A longer text is
-    read in windows that overlap by half, and each token is scored once, in the first window that
-    holds it. moments: also give what Min-K%++ standardises by. The model's mode is not changed.
+    read in windows that move on by `stride` tokens (None: half of the context), and each token is
+    scored once, in the first window that holds it. bos, opening: see `encode`.
+    moments: also give what Min-K%++ standardises by. The model's mode is not changed.
     Raises ValueError for a text with fewer than two tokens (counting the beginning-of-text token)
     and for log-probabilities that are not numbers.
     """
     limit = context or getattr(model.config, "max_position_embeddings", None) or 2048
     if limit < 2 or batch_size < 1:
         raise ValueError(f"need context >= 2 and batch_size >= 1, got {limit}, {batch_size}")
-    rows = encode(tokenizer, texts, bos)
+    if stride is not None and not 1 <= stride < limit:
+        raise ValueError(f"stride must be in [1, {limit - 1}], below the context, got {stride}")
+    rows = encode(tokenizer, texts, bos, opening)
     for i, ids in enumerate(rows):
         if len(ids) < 2:
             raise ValueError(
                 f"text {i} has {len(ids)} tokens; a prediction needs two: {texts[i]!r}"
             )
-    windows = _windows([len(ids) for ids in rows], limit)
+    windows = _windows([len(ids) for ids in rows], limit, stride)
     out = [np.full((3, len(ids) - 1), np.nan, np.float32) for ids in rows]
     vocabulary = int(model.config.get_text_config().vocab_size)
     for batch in _batches(windows, batch_size, vocabulary):
@@ -123,9 +133,9 @@ class _Window:
     fresh: int
 
 
-def _windows(lengths: Sequence[int], limit: int) -> list[_Window]:
+def _windows(lengths: Sequence[int], limit: int, stride: int | None = None) -> list[_Window]:
     windows = []
-    stride = max(1, limit // 2)
+    stride = stride or max(1, limit // 2)
     for text, n in enumerate(lengths):
         windows.append(_Window(text, 0, min(n, limit), 1))
         stop = min(n, limit)

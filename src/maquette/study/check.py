@@ -58,7 +58,9 @@ def _plan_stage(stage: Stage, store: Store, options: Options) -> StagePlan:
     batches = feeder.batches(0)
     start = time.perf_counter()
     stage.optim.step(run, batches)
-    seconds = (time.perf_counter() - start) * run.horizon.steps
+    flops = run.horizon.steps * run.horizon.flops_per_step + run.horizon.side_flops
+    # A feed's refreshes are reckoned at the speed of the step.
+    seconds = (time.perf_counter() - start) * flops / run.horizon.flops_per_step
     causes = run.costs.of(batches, stage.objective.phase(run.clock), stage.optim.phase(0))
     price = options.settings.usd_per_hour
     return StagePlan(
@@ -70,7 +72,7 @@ def _plan_stage(stage: Stage, store: Store, options: Options) -> StagePlan:
         length=stage.length,
         steps=run.horizon.steps,
         tokens=run.horizon.steps * sum(b.n_tokens for b in batches),
-        flops=run.horizon.steps * run.horizon.flops_per_step,
+        flops=flops,
         flops_by_cause=causes,
         memory=_held_bytes(run),
         seconds=seconds,

@@ -27,6 +27,7 @@ from maquette.study.tuning import DEV, Tuned, tune
 from maquette.study.verdict import (
     Charge,
     Verdict,
+    break_even_sentences,
     charged,
     charging_sentence,
     cost,
@@ -36,6 +37,10 @@ from maquette.study.verdict import (
 )
 from maquette.training.loop import Progress
 from maquette.training.metrics import read_metrics
+from maquette.training.sharding import check_ranks
+
+if TYPE_CHECKING:
+    import torch
 
 if TYPE_CHECKING:
     import torch
@@ -75,27 +80,47 @@ def compare(
 ) -> Comparison:
     """Run what the store does not hold yet, judge every arm against the baseline, report.
 
-    workers: processes that share the (arm, seed) pairs. A run that fails marks its arm and seed;
-    the study finishes with the others.
+    workers: processes that share the (arm, seed) pairs; the ranks of `options.team` share every
+    run instead, and all get the answer. A run that fails marks its arm and seed; the study
+    finishes with the others.
     """
-    prepare_corpora(study.arms.values(), store, pick_device(options.device))
+    team = options.team
+    for recipe in study.arms.values():
+        check_ranks(recipe, team)
     text = yaml.safe_dump(study.spec(), sort_keys=False)
-    store.save_study(study.digest, text, "running", name=study.name)
+
+    def begin() -> None:
+        prepare_corpora(study.arms.values(), store, pick_device(options.device))
+        store.save_study(study.digest, text, "running", name=study.name)
+
+    team.lead(begin)
     tuned = _tune(study, store, options, workers, on_progress, on_done)
     chosen = {name: arm.recipe for name, arm in tuned.items()}
-    study = replace(study, arms={**study.arms, **chosen}, registered=study.digest)
+    final = replace(study, arms={**study.arms, **chosen}, registered=study.digest)
     # Seed by seed, so that a study that is stopped early has whole pairs.
     tasks = [
-        Task(arm, seed, study.arms[arm], study.digest) for seed in study.seeds for arm in study.arms
+        Task(arm, seed, final.arms[arm], final.digest) for seed in final.seeds for arm in final.arms
     ]
     outcomes = run_tasks(tasks, store, options, workers, on_progress, on_done)
+
+    def conclude() -> Comparison:
+        found = _conclude(final, store, outcomes, tuned)
+        store.save_study(study.digest, text, "done", name=study.name)
+        return found
+
+    return team.lead(conclude)
+
+
+def _conclude(
+    study: Study, store: Store, outcomes: Sequence[TaskDone], tuned: Mapping[str, Tuned]
+) -> Comparison:
+    """Judge what was run, write the report, and record the verdicts."""
     arms = {name: _collect(name, outcomes, store) for name in study.arms}
     verdicts = _judge_all(study, arms)
     built = _report(study, arms, verdicts, store, tuned)
     paths = reporting.render(built, store.study_dir(study.digest))
     for arm, verdict in verdicts.get(study.metric.name, {}).items():
         store.save_verdict(study.digest, arm, verdict.model_dump(mode="json"))
-    store.save_study(study.digest, text, "done", name=study.name)
     return Comparison(study, verdicts.get(study.metric.name, {}), built, paths)
 
 
@@ -130,12 +155,11 @@ def _tune(
         ) -> list[float]:
             tasks = [Task(f"{arm} (trial)", tuning.seed, r, part=DEV) for r in recipes]
             ended = run_tasks(tasks, store, options, workers, on_progress, on_done)
-            scores = []
-            for done in ended:
-                record = store.run(done.digest) if done.digest else None
-                records.extend([record] if record else [])
-                scores.append(record.metrics[metric] if record else math.nan)
-            return scores
+            tried = options.team.lead(
+                lambda: [store.run(done.digest) if done.digest else None for done in ended]
+            )
+            records.extend(record for record in tried if record)
+            return [record.metrics[metric] if record else math.nan for record in tried]
 
         direction = study.direction(metric)
         best = tune(recipe, arm, tuning, run, direction=direction, where=study.where or None)
@@ -240,6 +264,7 @@ def _report(
         warnings=warnings,
         rerun=_rerun(study),
         charging=charges,
+        break_even=break_even_sentences({n: ledger for n, ledger in ledgers.items() if ledger}),
         tuning=[_tuning_view(arm) for arm in tuned.values()],
     )
 

@@ -12,35 +12,46 @@ import torch
 
 from maquette import atomic
 from maquette.data.corpus import curate
+from maquette.data.engines import open_engine
 from maquette.data.readers import CorpusSpec
 from maquette.errors import BadInput
-from maquette.parts import Ctx, DataOp
-from maquette.recipe import parse_part
+from maquette.parts import Ctx
+from maquette.recipe import parse_data
 from maquette.training.ledger import Ledger
 
 
 def curate_to(
-    recipe: Mapping[str, Any], where: Path, source: str, target: Path, cache: Path
+    recipe: Mapping[str, Any],
+    where: Path,
+    source: str,
+    target: Path,
+    cache: Path,
+    *,
+    engine: str = "in-process",
+    ray: str | None = None,
 ) -> dict[str, Any]:
     """Curate `source` into the Parquet file `target`; returns counts by part and reason.
 
     Dropped rows, each with its reason, go to `<target stem>.dropped.parquet` beside it.
-    Raises BadInput when the recipe has no data parts or the target exists.
+    engine, ray: who does the row-wise work, see `open_engine`; the files are the same to the byte.
+    Raises BadInput when the recipe has no data parts, a file is there already, or the engine
+    cannot be had.
     """
     listed = recipe.get("data")
     if not isinstance(listed, Sequence) or isinstance(listed, str) or not listed:
         raise BadInput(
             "names no data parts", where=where, key="data", mend="data: [{type: insecure-calls}]"
         )
-    if target.exists():
-        raise BadInput("there is a file of that name", where=target, mend="name another")
-    ops = [
-        parse_part(DataOp, item, where=where, key=f"data.{i}")  # type: ignore[type-abstract]
-        for i, item in enumerate(listed)
-    ]
+    dropped = target.with_name(f"{target.stem}.dropped.parquet")
+    for path in (target, dropped):
+        if path.exists():
+            raise BadInput("there is a file of that name", where=path, mend="name another")
+    steps = parse_data(listed, where=where)
     ctx = Ctx(torch.device("cpu"), 0, cache, Ledger())
-    result = curate(CorpusSpec(path=source), ops, cache=cache, ctx=ctx)
-    _write(target.with_name(f"{target.stem}.dropped.parquet"), result.dropped())
+    spec = CorpusSpec(path=source)
+    with open_engine(engine, ray, shared=cache) as running:
+        result = curate(spec, steps, cache=cache, ctx=ctx, engine=running)
+    _write(dropped, result.dropped())
     _write(target, result.documents())
     return result.card
 

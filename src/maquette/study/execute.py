@@ -17,14 +17,16 @@ import pyarrow as pa
 import yaml
 
 from maquette import atomic
-from maquette.errors import MaquetteError
+from maquette.errors import BadInput, MaquetteError
 from maquette.evaluation.items import SCHEMA, checked, means
 from maquette.flow import Ctx, FinishedStage
 from maquette.recipe import Recipe, Stage, digest, stage_digest
 from maquette.study.store import Store
 from maquette.training import checkpoint
+from maquette.training.distributed import ALONE, Team
 from maquette.training.ledger import Ledger
-from maquette.training.loop import Progress, Settings, leave, train
+from maquette.training.loop import Outcome, Progress, Settings, leave, train
+from maquette.training.sharding import check_ranks
 
 if TYPE_CHECKING:
     import torch
@@ -39,12 +41,16 @@ OnStep = Callable[[str, Progress], None]
 
 @dataclass(frozen=True)
 class Options:
-    """How to run on this machine. threads: of torch per process; None leaves torch's choice."""
+    """How to run on this machine.
+
+    threads: of torch per process; None leaves torch's choice. team: the ranks of this launch.
+    """
 
     device: str = "auto"
     threads: int | None = None
     precision: str = "auto"
     settings: Settings = field(default_factory=Settings)
+    team: Team = ALONE
 
 
 @dataclass(frozen=True)
@@ -112,10 +118,13 @@ def execute(
     """Run what is not yet in the store; returns the digest of the run, whose items are there.
 
     part: of the corpus, on which the model is evaluated.
+    All ranks of `options.team` call this alike: they train together, and the lead alone plans,
+    writes and evaluates.
     Raises RunFailed when training fails; what was stored before stays.
     """
     import torch
 
+    team = options.team
     if options.threads:
         torch.set_num_threads(options.threads)
     done = train_stages(recipe, seed, store, options, arm=arm, on_step=on_step)
@@ -125,10 +134,10 @@ def execute(
     scored_on = [] if part == HELD_OUT else [part]
     name = digest("run", last.digest, specs, read, *scored_on)
     text = yaml.safe_dump({**recipe.spec(), "seed": seed}, sort_keys=False)
-    store.plan(name, arm=arm, seed=seed, recipe_yaml=text, study=study)
-    with _claimed(store, name) as mine:
+    team.lead(lambda: store.plan(name, arm=arm, seed=seed, recipe_yaml=text, study=study))
+    with _claimed(store, name, team) as mine:
         if mine:
-            _evaluate(recipe, seed, store, done, name, part)
+            team.lead(lambda: _evaluate(recipe, seed, store, done, name, part))
     return name
 
 
@@ -142,6 +151,7 @@ def train_stages(
     on_step: OnStep = lambda stage, progress: None,
 ) -> dict[str, Trained]:
     """Every stage of a recipe, trained now or found in the store; by name, in order."""
+    check_ranks(recipe, options.team)
     done: dict[str, Trained] = {}
     for stage in recipe.stages:
         done[stage.name] = _train_stage(stage, done, seed, store, options, arm, on_step)
@@ -157,18 +167,21 @@ def _train_stage(
     arm: str,
     on_step: OnStep,
 ) -> Trained:
-    from maquette.study.models import build, save_final
+    from maquette.study.models import build
 
+    team = options.team
     node = stage.node()
     init = [done[name] for name in node.init]
     parents = tuple(parent.folder for parent in init)
     stage = _inherit_tokenizer(stage, parents)
     device = pick_device(options.device)
     ctx = make_ctx(stage, seed, store, device)
-    ctx = replace(ctx, stages={name: done[name].finished() for name in node.reads or ()})
+    ctx = replace(ctx, stages={name: done[name].finished() for name in node.reads or ()}, team=team)
     # Apart until the end: a resumed run finds the rest of its costs in the checkpoint.
     curation = replace(ctx, ledger=Ledger())
-    corpus = stage.workload.prepare(curation, stage.special_tokens, stage.data)
+    corpus = team.lead_first(
+        lambda: stage.workload.prepare(curation, stage.special_tokens, stage.data)
+    )
     ctx = replace(ctx, corpus=corpus, tokenizer=corpus.tokenizer)
     started, read = [p.digest for p in init], {n: s.digest for n, s in ctx.stages.items()}
     name = stage_digest(stage, corpus.digest, seed, started, read)
@@ -176,38 +189,59 @@ def _train_stage(
     text = yaml.safe_dump(
         {**stage.spec(), "seed": seed, "parents": started, "read": read}, sort_keys=False
     )
-    store.plan(name, arm=f"{arm}/{stage.name}" if arm else stage.name, seed=seed, recipe_yaml=text)
-    with _claimed(store, name) as mine:
+    arm = f"{arm}/{stage.name}" if arm else stage.name
+    team.lead(lambda: store.plan(name, arm=arm, seed=seed, recipe_yaml=text))
+    _check_shared(folder, team)
+    with _claimed(store, name, team) as mine:
         if mine:
-            _forget_unbilled(folder)
-            model = build(stage, corpus, ctx, folder, parents)
+            team.lead(lambda: _forget_unbilled(folder))
+            model = team.lead_first(lambda: build(stage, corpus, ctx, folder, parents))
             outcome = (train if stage.trains else leave)(
                 stage,
                 corpus,
                 model,
                 ctx,
                 folder,
-                precision=choose_precision_for(options, device),
+                precision=team.lead(lambda: choose_precision_for(options, device)),
                 settings=options.settings,
                 on_step=lambda progress: on_step(stage.name, progress),
             )
-            save_final(folder, stage, outcome.model, outcome.extra, ctx)
             ctx.ledger.add(curation.ledger)
-            store.finish(
-                name,
-                ledger=ctx.ledger.as_dict()["causes"],
-                metrics={
-                    "steps": outcome.steps,
-                    "warnings": {**corpus.card["warnings"], **outcome.warnings},
-                    "peak_memory": ctx.ledger.peak_memory,
-                },
-                machine=machine_facts(device),
-            )
-    record = store.run(name)
+            team.lead(lambda: _keep(outcome, stage, ctx, store, name))
+    record = team.lead(lambda: store.run(name))
     ledger = Ledger.from_dict(
         {"causes": record.ledger, "peak_memory": record.metrics.get("peak_memory", 0)}
     )
     return Trained(name, folder, stage, replace(ctx, ledger=Ledger()), parents, ledger)
+
+
+def _keep(outcome: Outcome, stage: Stage, ctx: Ctx, store: Store, name: str) -> None:
+    """Store a trained stage: its model, what it cost, and where it was computed."""
+    from maquette.study.models import save_final
+
+    save_final(store.run_dir(name), stage, outcome.model, outcome.extra, ctx)
+    store.finish(
+        name,
+        ledger=ctx.ledger.as_dict()["causes"],
+        metrics={
+            "steps": outcome.steps,
+            "warnings": {**ctx.corpus.card["warnings"], **outcome.warnings},  # type: ignore[union-attr]
+            "peak_memory": ctx.ledger.peak_memory,
+            **({"refreshes": outcome.refreshes} if outcome.refreshes else {}),
+        },
+        machine=machine_facts(ctx.device, ctx.team),
+    )
+
+
+def _check_shared(folder: Path, team: Team) -> None:
+    """Every rank must see what the lead writes."""
+    blind = [rank for rank, sees in enumerate(team.gather(folder.is_dir())) if not sees]
+    if blind:
+        raise BadInput(
+            f"rank {blind[0]} does not see the store of rank 0",
+            where=folder,
+            mend="a folder that all machines share, by MAQUETTE_HOME or --home",
+        )
 
 
 def _forget_unbilled(folder: Path) -> None:
@@ -279,7 +313,7 @@ def _evaluate(
             "peak_memory": total.peak_memory,
         },
         items=items,
-        machine=machine_facts(ctx.device),
+        machine=machine_facts(ctx.device, last.ctx.team),
     )
 
 
@@ -294,21 +328,19 @@ def _scored_on(corpus: Corpus, part: str) -> Corpus:
 def evaluation_ctx(last: Trained, seed: int, done: Mapping[str, Trained]) -> Ctx:
     """The context evaluations get: the run's own seed, whatever its stages were reseeded with."""
     stages = {name: trained.finished() for name, trained in done.items()}
-    return replace(last.ctx, seed=seed, stages=stages, ledger=Ledger())
+    return replace(last.ctx, seed=seed, stages=stages, ledger=Ledger(), team=ALONE)
 
 
 @contextlib.contextmanager
-def _claimed(store: Store, name: str) -> Iterator[bool]:
-    """True when this process must compute the run; waits while another one does.
+def _claimed(store: Store, name: str, team: Team) -> Iterator[bool]:
+    """True when this launch must compute the run; waits while another one does.
 
     A failure inside is recorded with its reason before it goes on up.
     """
-    owner = f"thread-{threading.get_ident()}"
-    while not store.claim(name, owner):
-        if store.run(name).status == "done":
-            yield False
-            return
-        time.sleep(1.0)
+    mine = team.lead(lambda: _claim(store, name))
+    if not (mine and team.is_lead):
+        yield mine
+        return
     ended = threading.Event()
     beat = threading.Thread(target=_beat, args=(store, name, ended), daemon=True)
     beat.start()
@@ -325,6 +357,16 @@ def _claimed(store: Store, name: str) -> Iterator[bool]:
         beat.join()
 
 
+def _claim(store: Store, name: str) -> bool:
+    """True once the claim is this process's; False when another one has finished the run."""
+    owner = f"thread-{threading.get_ident()}"
+    while not store.claim(name, owner):
+        if store.run(name).status == "done":
+            return False
+        time.sleep(1.0)
+    return True
+
+
 def _beat(store: Store, name: str, ended: threading.Event) -> None:
     while not ended.wait(HEARTBEAT_SECONDS):
         with contextlib.suppress(MaquetteError):
@@ -337,7 +379,7 @@ def choose_precision_for(options: Options, device: torch.device) -> Any:
     return choose_precision(device, options.precision)
 
 
-def machine_facts(device: torch.device) -> dict[str, Any]:
+def machine_facts(device: torch.device, team: Team = ALONE) -> dict[str, Any]:
     """What a reader needs to know about where a figure comes from."""
     import os
     import platform
@@ -359,7 +401,7 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "maquette": maquette.__version__,
     }
-    return facts
+    return facts if team.alone else {**facts, "processes": team.size}
 
 
 def read_json(path: Path) -> Any:

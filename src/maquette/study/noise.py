@@ -78,7 +78,8 @@ def measure_noise(
     ended = run_tasks(tasks, store, options, workers, on_progress, on_done)
     if broken := [done for done in ended if done.digest is None]:
         raise RunFailed(f"{len(broken)} of {len(ended)} runs failed: {broken[0].failure}")
-    items = [store.items(done.digest) for done in ended if done.digest]
+    digests = [done.digest for done in ended if done.digest]
+    items = options.team.lead(lambda: [store.items(digest) for digest in digests])
     varies = any(type(a).items_vary for a in recipe.evaluate if metric in a.metric_directions())
     pair = paired(items[:seeds], items[seeds:], metric, items_vary=varies)
     values = np.concatenate([pair.baseline_S, pair.arm_S])

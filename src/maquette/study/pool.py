@@ -55,6 +55,12 @@ def run_tasks(
     """Run all tasks; a RunFailed ends its task only, a BadInput ends them all."""
     if workers < 1:
         raise BadInput(f"workers must be >= 1, got {workers}", key="--on", mend="--on local:2")
+    if workers > 1 and not options.team.alone:
+        raise BadInput(
+            f"{workers} workers cannot share out runs that {options.team.size} ranks share",
+            key="--on",
+            mend="--on local:1",
+        )
     if workers == 1:
         ended = []
         for task in tasks:
@@ -78,6 +84,8 @@ def _run_here(task: Task, store: Store, options: Options, on_progress: OnProgres
         )
         return TaskDone(task, digest)
     except RunFailed as error:
+        if not (options.team.alone or error.everywhere):
+            raise  # the other ranks do not know that this run is over
         return TaskDone(task, None, str(error))
 
 

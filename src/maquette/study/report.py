@@ -120,7 +120,10 @@ class TunedArm(_Part):
 
 
 class Report(_Part):
-    """Everything a report shows. created: ISO date; arms: the baseline among them."""
+    """Everything a report shows. created: ISO date; arms: the baseline among them.
+
+    break_even: from how many models on one arm costs less than another, in sentences.
+    """
 
     maquette_version: str
     study_name: str
@@ -137,6 +140,7 @@ class Report(_Part):
     warnings: list[str] = Field(default_factory=list)
     rerun: list[str] = Field(default_factory=list)
     charging: list[Charge] = Field(default_factory=list)
+    break_even: list[str] = Field(default_factory=list)
     tuning: list[TunedArm] = Field(default_factory=list)
 
 
@@ -312,7 +316,7 @@ def _charging_notes(report: Report) -> list[str]:
         charges = [c for c in report.charging if c.arm == arm.name]
         if charges and arm.name != report.baseline:
             notes.append(charging_sentence(charges, arm.name))
-    return notes
+    return [*notes, *report.break_even]
 
 
 def _warnings(report: Report) -> list[str]:

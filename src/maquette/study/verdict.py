@@ -272,6 +272,45 @@ def cost(ledger: Ledger, rule: Rule, *, unit: str = "flops", amortise_over: floa
     )
 
 
+def break_even(arm: Ledger, other: Ledger, *, unit: str = "flops") -> float | None:
+    """Models that must share what `arm` pays once for it to cost as much as `other`, >= 1.
+
+    Both under the `amortised` rule. None when no number is enough: the arm also pays as much or
+    more again for every model. 1 when the arm costs no more from the start.
+    """
+    once_arm, once_other = (_total(side, ONE_OFF, unit) for side in (arm, other))
+    again_arm, again_other = (_total(side, PER_RUN, unit) for side in (arm, other))
+    if once_arm + again_arm <= once_other + again_other:
+        return 1.0
+    if again_arm >= again_other:
+        return None
+    return (once_arm - once_other) / (again_other - again_arm)
+
+
+def break_even_sentences(ledgers: Mapping[str, Ledger], *, unit: str = "flops") -> list[str]:
+    """For each pair of arms: from how many models on the one that pays more once costs less.
+
+    Arms that cost the same (within 2%) when all is charged are left out.
+    """
+    said = []
+    for arm, mine in ledgers.items():
+        for other, theirs in ledgers.items():
+            found = break_even(mine, theirs, unit=unit)
+            dearer = cost(mine, "all", unit=unit) > (1 + EQUAL_WITHIN) * cost(
+                theirs, "all", unit=unit
+            )
+            if found is not None and dearer:
+                said.append(
+                    f"{arm} pays more once and less for every model than {other}: shared by "
+                    f"{math.ceil(found)} models or more, it costs less."
+                )
+    return said
+
+
+def _total(ledger: Ledger, causes: Sequence[str], unit: str) -> float:
+    return math.fsum(float(ledger[c].get(unit) or 0) for c in causes if c in ledger)
+
+
 def _shares(rule: Rule, amortise_over: float) -> dict[str, float]:
     if rule not in RULES:
         raise ValueError(f"unknown charging rule `{rule}`; {did_you_mean(rule, RULES)}")

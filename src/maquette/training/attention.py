@@ -1,8 +1,9 @@
 """Plain attention for short rows on a CPU, registered with transformers.
 
 torch's fused CPU attention is built for long rows: below about 512 tokens two batched matrix
-products with a softmax between them take less time, forward and backward
-(`benchmarks/attention.py` prints both). On accelerators the fused kernels stay.
+products with a softmax between them take less time, forward and backward, and causal ones need
+about half of those products (`benchmarks/attention.py` prints all three). On accelerators the
+fused kernels stay.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
+
+from maquette.training.causal_attention import causal_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,6 +40,7 @@ def plain_attention(
     mask: True where a query may look, or an additive float mask, broadcastable to (B, H, T, S).
     causal: without a mask, a query sees keys up to its own place. scale: D ** -0.5 when None.
     Grouped keys and values (fewer heads) are repeated. Under autocast products run in its type.
+    Without mask and dropout, causal attention skips most of what its mask hides.
     """
     kind = query_BHTD.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query_BHTD.dtype
@@ -47,6 +51,8 @@ def plain_attention(
     with torch.autocast(kind, enabled=False):
         q, k, v = (x.to(dtype) for x in (query_BHTD, key_BHSD, value_BHSD))
         scale = q.shape[-1] ** -0.5 if scale is None else scale
+        if causal and mask is None and not dropout and q.shape == k.shape == v.shape:
+            return causal_attention(q, k, v, scale)
         weights = torch.softmax(_scores(q, k, _bias(mask, causal, q, k), scale), -1)
         if dropout:
             weights = nn.functional.dropout(weights, dropout)

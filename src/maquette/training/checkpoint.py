@@ -1,6 +1,7 @@
 """Checkpoints: everything a run needs to go on to the same bits, written whole or not at all.
 
     state/step-000000120/   model, extra and optimiser as safetensors, clock.json, checksums
+                            (a sharded run: `training.sharded_checkpoint`)
 Nothing here unpickles. The last two are kept: when the newest is damaged, the one before serves,
 and when all are, the run starts again. Either is logged, and told in the run's record.
 """
@@ -25,47 +26,13 @@ from torch import Tensor, nn
 
 from maquette import atomic
 from maquette.errors import BadInput, MaquetteError
+from maquette.training import sharded_checkpoint
+from maquette.training.distributed import ALONE, Team
+from maquette.training.trees import flatten, unflatten
 
 log = logging.getLogger(__name__)
 KEEP = 2
 DAMAGED = "damaged-"
-
-
-def flatten(value: Any, tensors: dict[str, Tensor], path: str = "t") -> Any:
-    """A JSON-able tree of `value`; its tensors go into `tensors` under the path they stand at.
-
-    Handles mappings with any scalar keys, sequences, numbers, strings, None and tensors.
-    Raises TypeError for anything else, because what cannot be stored cannot be resumed.
-    """
-    if isinstance(value, Tensor):
-        # A view would drag its whole storage into the file.
-        tensors[path] = value.detach().contiguous().clone()
-        return {"__tensor__": path}
-    if isinstance(value, Mapping):
-        return {
-            "__map__": [
-                [k, flatten(v, tensors, f"{path}.{i}")] for i, (k, v) in enumerate(value.items())
-            ]
-        }
-    if isinstance(value, list | tuple):
-        items = [flatten(v, tensors, f"{path}.{i}") for i, v in enumerate(value)]
-        return {"__tuple__": items} if isinstance(value, tuple) else items
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise TypeError(f"cannot store a {type(value).__name__} in a checkpoint (at {path})")
-
-
-def unflatten(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The inverse of `flatten`."""
-    if isinstance(tree, list):
-        return [unflatten(v, tensors) for v in tree]
-    if isinstance(tree, dict):
-        if "__tensor__" in tree:
-            return tensors[tree["__tensor__"]]
-        if "__tuple__" in tree:
-            return tuple(unflatten(v, tensors) for v in tree["__tuple__"])
-        return {k: unflatten(v, tensors) for k, v in tree["__map__"]}
-    return tree
 
 
 @contextlib.contextmanager
@@ -122,18 +89,31 @@ def save(
     extra: nn.Module,
     optimizer: torch.optim.Optimizer,
     clock: Mapping[str, Any],
-) -> Path:
-    """Write the checkpoint of `step` and remove all but the last `KEEP`."""
+    team: Team = ALONE,
+) -> None:
+    """Write the checkpoint of `step` and remove all but the last `KEEP`.
+
+    Every rank of the team calls this; sharded weights are written by all, others by the lead.
+    """
     final = state / name_of(step)
-    with atomic.new_dir(final) as folder, storing(final):
-        save_model(model, str(folder / "model.safetensors"))
-        save_model(extra, str(folder / "extra.safetensors"))
-        save_tree(folder, "optimizer", optimizer.state_dict())
-        (folder / "clock.json").write_text(json.dumps({"step": step, **clock}))
-        atomic.write_checksums(folder)
-    for old in steps(state)[:-KEEP]:
-        shutil.rmtree(state / name_of(old), ignore_errors=True)
-    return final
+    with contextlib.ExitStack() as stack:
+        folder = team.lead(lambda: stack.enter_context(atomic.new_dir(final)))
+        if sharded_checkpoint.is_sharded(model):
+            sharded_checkpoint.write(folder, model, extra, optimizer, team)
+
+        def complete() -> None:
+            with storing(final):
+                if not sharded_checkpoint.is_sharded(model):
+                    save_model(model, str(folder / "model.safetensors"))
+                    save_model(extra, str(folder / "extra.safetensors"))
+                    save_tree(folder, "optimizer", optimizer.state_dict())
+                (folder / "clock.json").write_text(json.dumps({"step": step, **clock}))
+                atomic.write_checksums(folder)
+            stack.close()
+            for old in steps(state)[:-KEEP]:
+                shutil.rmtree(state / name_of(old), ignore_errors=True)
+
+        team.lead(complete)
 
 
 def steps(state: Path) -> list[int]:
@@ -193,9 +173,25 @@ def damage(state: Path) -> dict[str, str]:
 
 
 def load(
-    saved: Saved, model: nn.Module, extra: nn.Module, optimizer: torch.optim.Optimizer
+    saved: Saved,
+    model: nn.Module,
+    extra: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    team: Team = ALONE,
 ) -> None:
-    """Load a checkpoint into modules and an optimiser of the shapes it was saved from."""
+    """Load a checkpoint into modules and an optimiser of the shapes it was saved from.
+
+    Written by any number of ranks, it is read by any number, sharded or not.
+    """
+    if (saved.folder / sharded_checkpoint.SHARDS).is_dir():
+        sharded_checkpoint.read(saved.folder, model, extra, optimizer, team)
+        return
+    if sharded_checkpoint.is_sharded(model):
+        for module, file in ((model, "model.safetensors"), (extra, "extra.safetensors")):
+            sharded_checkpoint.fill(module, load_file(saved.folder / file))
+        whole = load_tree(saved.folder, "optimizer")
+        optimizer.load_state_dict(sharded_checkpoint.spread_optimizer(whole, optimizer))
+        return
     device = str(next(model.parameters()).device)
     load_model(model, str(saved.folder / "model.safetensors"), device=device)
     load_model(extra, str(saved.folder / "extra.safetensors"), device=device)

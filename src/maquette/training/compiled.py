@@ -1,8 +1,8 @@
 """Whether a run's model is compiled, decided from the recipe alone, and how.
 
-The repeated layers are compiled one by one with `torch.compile`, in place: layers of one class
-share one graph, so compile time does not grow with depth, and neither parameter names nor
-`save_pretrained` change.
+The repeated layers are compiled one by one with `torch.compile`, in place, and so is the norm that
+follows them: layers of one class share one graph, so compile time does not grow with depth, and
+neither parameter names nor `save_pretrained` change.
 
 Compiled and eager graphs round differently. A decision that timed steps would come out
 differently when the same recipe is run or resumed on a busier machine, and the bits with it. So
@@ -78,7 +78,7 @@ def maybe_compile(
         log.warning("the model stays eager, though compiling was chosen (%s): %s", why, broken)
         return Compilation(False, broken)
     if wanted:
-        for layer in layers:
+        for layer in [*layers, *norms_beside(model)]:
             # Automatic dynamic shapes would make a graph depend on the shapes met before it,
             # which a resumed process has not met.
             layer.compile(dynamic=False)
@@ -107,6 +107,26 @@ def repeated_layers(model: nn.Module) -> list[nn.Module]:
         else:
             found += repeated_layers(child)
     return found
+
+
+def norms_beside(model: nn.Module) -> list[nn.Module]:
+    """The norms that stand beside a list of repeated layers, as a decoder's last one does.
+
+    A norm is a module without children whose parameters are vectors over the width. Eager, it
+    passes over its input about ten times; compiled, once.
+    """
+    found: list[nn.Module] = []
+    for module in model.modules():
+        children = list(module.children())
+        if any(isinstance(c, nn.ModuleList) and repeated_layers(module) for c in children):
+            found += [c for c in children if _is_norm(c)]
+    return found
+
+
+def _is_norm(module: nn.Module) -> bool:
+    parameters = list(module.parameters())
+    leaf = not list(module.children())
+    return leaf and bool(parameters) and all(p.dim() == 1 for p in parameters)
 
 
 def broken_compiler(device_type: str = "cpu", cache: Path | None = None) -> str | None:

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from maquette.errors import BadInput
-from maquette.parts import Batch, Clock, Optim
+from maquette.flow import Outline
+from maquette.parts import Batch, Clock, Feed, Optim
 from maquette.recipe import Budget
 from maquette.schedules import Horizon
-from maquette.training.ledger import FlopCounter
+from maquette.training.ledger import FlopCounter, Ledger
 
 if TYPE_CHECKING:
     from maquette.training.loop import LiveRun
@@ -39,7 +40,9 @@ class StepCosts:
     batches: dict[str, dict[str, float]] = field(default_factory=dict)
     updates: dict[str, float] = field(default_factory=dict)
 
-    def of(self, batches: Sequence[Batch], loss_phase: str, update_phase: str) -> dict[str, float]:
+    def of(
+        self, batches: Sequence[Batch | Outline], loss_phase: str, update_phase: str
+    ) -> dict[str, float]:
         """FLOPs by cause of one optimiser step over these micro-batches."""
         total = {"train": self.updates.get(update_phase, 0.0)}
         for batch in batches:
@@ -48,24 +51,34 @@ class StepCosts:
         return total
 
 
-def _key(batch: Batch, loss_phase: str) -> str:
+def _key(batch: Batch | Outline, loss_phase: str) -> str:
     return f"{loss_phase}{batch.signature}"
 
 
-def count_batches(run: LiveRun, batches: Sequence[Batch], phase: str) -> None:
-    """Count one eager forward and backward pass of every shape not met before in this phase."""
-    for piece, batch in enumerate(batches):
-        key = _key(batch, phase)
-        if key not in run.costs.batches:
-            run.costs.batches[key] = _flops_by_cause(
-                lambda piece=piece, batch=batch: run.loss_of(  # type: ignore[misc]
-                    batch.to(run.ctx.device), piece
-                ).total.backward(),
-                run.extra,
-                run.objective.causes,
-            )
-            for parameter in run.trainable():
-                parameter.grad = None
+def count_batches(run: LiveRun, batches: Sequence[Batch], phase: str) -> list[Outline]:
+    """Count one eager forward and backward pass of every shape not met before in this phase.
+
+    Returns the outlines of all ranks' batches. The ranks count in turns they share, because a
+    sharded pass needs them all, and tell each other what they counted.
+    """
+    outlines = run.outlines(batches)
+    team = run.ctx.team
+    for i, batch in enumerate(batches):
+        turn = outlines[i * team.size : (i + 1) * team.size]
+        if all(_key(outline, phase) in run.costs.batches for outline in turn):
+            continue
+        counted = _flops_by_cause(
+            lambda i=i, batch=batch: run.loss_of(  # type: ignore[misc]
+                batch.to(run.ctx.device), run.piece(i)
+            ).total.backward(),
+            run.extra,
+            run.objective.causes,
+        )
+        for outline, costs in zip(turn, team.gather(counted), strict=True):
+            run.costs.batches.setdefault(_key(outline, phase), costs)
+        for parameter in run.trainable():
+            parameter.grad = None
+    return outlines
 
 
 def _flops_by_cause(
@@ -93,8 +106,8 @@ def count_all(run: LiveRun, batches: Sequence[Batch]) -> float:
     trial.horizon = Horizon(LOSS_PHASE_GRID)
     per_step = []
     for trial.step in range(LOSS_PHASE_GRID):
-        count_batches(trial, batches, phases[trial.step])
-        per_step.append(sum(run.costs.of(batches, phases[trial.step], "").values()))
+        outlines = count_batches(trial, batches, phases[trial.step])
+        per_step.append(sum(run.costs.of(outlines, phases[trial.step], "").values()))
     run.step = 0
     if type(run.stage.optim).phase is not Optim.phase:
         _count_updates(_copy_of(run), batches)
@@ -122,6 +135,18 @@ def _count_updates(trial: LiveRun, batches: Sequence[Batch]) -> None:
         trial.costs.updates[phase] = max(0.0, counter.total - bare)
 
 
+def count_refreshes(run: LiveRun) -> Callable[[int], float] | None:
+    """What the feed's refreshes cost by the number of steps, counted on a copy of the run."""
+    feed = run.stage.feed
+    if type(feed).side_flops is Feed.side_flops:
+        return None
+    trial = replace(_copy_of(run), ctx=replace(run.ctx, ledger=Ledger()))
+    trial.horizon = Horizon(UPDATE_PHASE_STEPS)
+    trial.make_optimizer(trial.horizon)
+    with torch.compiler.set_stance("force_eager"):
+        return feed.side_flops(trial)
+
+
 def plan_horizon(
     budget: Budget,
     flops_per_step: float,
@@ -130,12 +155,15 @@ def plan_horizon(
     timed_step: Callable[[], Any],
     steps_per_epoch: float = 1.0,
     usd_per_hour: float | None = None,
+    side_flops: Callable[[int], float] | None = None,
 ) -> Horizon:
     """How many optimiser steps the budget buys, from the counted cost of one.
 
-    The total lands within half a step of the budget, also where an epoch is no whole number of
-    steps. Minutes and dollars are turned into steps
-    by timing a few real passes, once: the horizon is stored, so that a resumed run keeps it.
+    side_flops: FLOPs beside the steps, by the number of steps; FLOPs, minutes and dollars pay for
+    them too. The total lands within half a step of the budget, also where an epoch is no whole
+    number of steps, or as near as side costs that jump between two numbers of steps allow.
+    Minutes and dollars are turned into steps by timing a few real passes, once: the horizon is
+    stored, so that a resumed run keeps it.
     Raises BadInput when the budget is below one step.
     """
     amount, unit = budget.amount, budget.unit
@@ -156,16 +184,33 @@ def plan_horizon(
             "tok": float(tokens_per_step),
             "flop": flops_per_step,
         }[unit]
-    steps = round(amount / cost)
+    bought, side = amount / cost, None
+    if side_flops is not None and unit in ("flop", "s"):
+        # Seconds of refreshes are reckoned at the FLOPs per second of the steps.
+        side = lambda n: side_flops(n) / flops_per_step  # noqa: E731
+    steps = round(bought) if side is None else _nearest(bought, side)
     if steps < 1:
+        more = f" and the feed's refreshes as much as {side(1):.3g} steps" if side else ""
         raise BadInput(
-            f"{budget} is below one step, which takes {cost:.3g}{unit}",
+            f"{budget} is below one step, which takes {cost:.3g}{unit}{more}",
             key="budget",
             mend="a larger budget, or a smaller size",
         )
     if steps > MAX_STEPS:
         raise BadInput(f"{budget} would be {steps:.3g} steps", key="budget", mend="a smaller one")
-    return Horizon(steps, flops_per_step)
+    return Horizon(steps, flops_per_step, side_flops(steps) if side_flops else 0.0)
+
+
+def _nearest(amount: float, side: Callable[[int], float]) -> int:
+    """The n >= 0 with n + side(n) nearest to the amount, and over it by half a step at most."""
+    low, high = 0, min(round(amount), MAX_STEPS + 1)
+    while low < high:
+        middle = (low + high + 1) // 2
+        within = middle + side(middle) <= amount
+        low, high = (middle, high) if within else (low, middle - 1)
+    under = amount - (low + side(low) if low else 0.0)
+    over = low + 1 + side(low + 1) - amount
+    return low + 1 if over <= min(0.5, under) else low
 
 
 def _median_seconds(timed_step: Callable[[], Any], repeats: int = 3) -> float:

@@ -8,15 +8,21 @@ draw, average, or use the pieces of the old tokenizer for the others) are here; 
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+
+from maquette.data.token_strings import (
+    encode_words,
+    n_rows,
+    role_id,
+    special_counterparts,
+    special_ids,
+    standardise,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,17 +32,6 @@ if TYPE_CHECKING:
 _WORDS_PER_CHUNK = 50_000
 COPIED, FUZZY, INTERPOLATED, FALLEN_BACK, SPECIAL = range(5)
 Fallback = Literal["normal", "mean"]
-
-_ROLES = {
-    "pad_token": (),
-    "unk_token": (),
-    "mask_token": (),
-    "bos_token": ("cls_token",),
-    "cls_token": ("bos_token",),
-    "eos_token": ("sep_token",),
-    "sep_token": ("eos_token",),
-}
-_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 @dataclass(frozen=True)
@@ -78,88 +73,7 @@ class Transfer:
         return {name: int((self.how == code).sum()) for code, name in enumerate(names)}
 
 
-# --- tokens --------------------------------------------------------------------------------------
-
-
-def n_rows(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Embedding rows a tokenizer can address: its largest id plus one."""
-    return max(tokenizer.get_vocab().values()) + 1
-
-
-def encode_words(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list[list[int]]:
-    """Token ids of each string on its own, without special tokens."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        encoded = backend.encode_batch_fast(list(words), add_special_tokens=False)
-        return [e.ids for e in encoded]
-    return tokenizer(list(words), add_special_tokens=False)["input_ids"]
-
-
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    return frozenset(int(i) for i in tokenizer.all_special_ids)
-
-
-def standardise(tokenizer: PreTrainedTokenizerBase) -> list[str | None]:
-    """What each token stands for in plain text, by id; None for a gap in the ids.
-
-    A word start becomes a leading space (byte-level and SentencePiece markers, a WordPiece token
-    without `##`, a token after an end-of-word one), `##` and `</w>` go, bytes are decoded; bytes
-    that are no whole character stay apart by Python's surrogate escapes. Special and added tokens
-    keep their string.
-    """
-    style = _style(tokenizer)
-    kept = special_ids(tokenizer) | set(getattr(tokenizer, "added_tokens_decoder", {}))
-    texts: list[str | None] = [None] * n_rows(tokenizer)
-    for token, index in tokenizer.get_vocab().items():
-        texts[index] = token if index in kept else _plain(token, style)
-    return texts
-
-
-def _style(tokenizer: PreTrainedTokenizerBase) -> str:
-    """`byte`, `metaspace`, `wordpiece`, `suffix` or `plain`, from the tokenizer's own decoder."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        tokens = tokenizer.get_vocab()
-        return "metaspace" if any(t.startswith("▁") for t in tokens) else "plain"
-    kinds = " ".join(
-        json.dumps(json.loads(part.__getstate__()))
-        for part in (backend.decoder, backend.pre_tokenizer)
-        if part is not None
-    )
-    for name, style in (
-        ('"ByteLevel"', "byte"),
-        ('"WordPiece"', "wordpiece"),
-        ('"BPEDecoder"', "suffix"),
-        ('"Metaspace"', "metaspace"),
-    ):
-        if name in kinds:
-            return style
-    return "metaspace" if "▁" in kinds or "\\u2581" in kinds else "plain"
-
-
-def _plain(token: str, style: str) -> str:
-    if style == "byte":
-        table = _byte_of()
-        if any(c not in table for c in token):
-            return token
-        return bytes(table[c] for c in token).decode("utf-8", "surrogateescape")
-    if style == "wordpiece":
-        return token[2:] if token.startswith("##") else f" {token}"
-    if style == "suffix":
-        return token.removesuffix("</w>")
-    if style == "metaspace":
-        if byte := _BYTE.fullmatch(token):
-            return bytes([int(byte[1], 16)]).decode("utf-8", "surrogateescape")
-        return token.replace("▁", " ")
-    return token
-
-
-@cache
-def _byte_of() -> dict[str, int]:
-    """The byte that each character of a byte-level vocabulary stands for (GPT-2's alphabet)."""
-    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [b for b in range(256) if b not in shown]
-    return {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
+# --- word vectors to subword vectors --------------------------------------------------------------
 
 
 def spellings(words: WordVectors) -> tuple[list[str], list[str], list[str]]:
@@ -216,11 +130,8 @@ def overlap(
     """
     copied = np.full(n_rows(target), -1, np.int64)
     how = np.full(n_rows(target), FALLEN_BACK, np.int8)
-    for role, others in _ROLES.items():
-        index = _role_id(target, role)
-        found = next((i for r in (role, *others) if (i := _role_id(source, r)) is not None), None)
-        if index is not None and found is not None and copied[index] < 0:
-            copied[index], how[index] = found, SPECIAL
+    for index, found in special_counterparts(source, target).items():
+        copied[index], how[index] = found, SPECIAL
     source_texts = standardise(source)
     exact: dict[str, int] = {}
     for index, text in enumerate(source_texts):
@@ -236,11 +147,6 @@ def overlap(
         elif index not in kept and text.lower() in lowered:
             copied[index], how[index] = lowered[text.lower()], FUZZY
     return copied, how
-
-
-def _role_id(tokenizer: PreTrainedTokenizerBase, role: str) -> int | None:
-    token = getattr(tokenizer, role, None)
-    return None if token is None else int(tokenizer.convert_tokens_to_ids(str(token)))
 
 
 def from_copies(
@@ -301,7 +207,7 @@ def fvt_transfer(
         if i not in kept and (text := texts[i]) and _is_text(text)
     ]
     pieces = encode_words(source, [texts[i] or "" for i in new])
-    unknown = _role_id(source, "unk_token")
+    unknown = role_id(source, "unk_token")
     rows: list[int] = []
     sources: list[int] = []
     weights: list[float] = []

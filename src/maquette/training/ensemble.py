@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
 def check_members(members: Sequence[PreTrainedModel]) -> None:
@@ -42,16 +42,35 @@ class LogitMean(PreTrainedModel, GenerationMixin):
         self.requires_grad_(False)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **unused: Any
-    ) -> CausalLMOutput:
-        """logits of shape (B, T, V) for input_ids of shape (B, T). No cache is kept."""
-        total = None
-        for member in self.members:
-            out = member(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Sequence[Any] | None = None,
+        use_cache: bool = False,
+        **unused: Any,
+    ) -> CausalLMOutputWithPast:
+        """logits of shape (B, T, V) for input_ids of shape (B, T).
+
+        use_cache: also give every member's cache, as a tuple in the order of the members; handed
+        back as past_key_values, only the tokens after it are read.
+        """
+        total, caches = None, []
+        for number, member in enumerate(self.members):
+            past = None if past_key_values is None else past_key_values[number]
+            out = member(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                past_key_values=past,
+                use_cache=use_cache,
+            )
+            caches.append(out.past_key_values if use_cache else None)
             logits_BTV = out.logits.float()
             total = logits_BTV if total is None else total.add_(logits_BTV)
         assert total is not None
-        return CausalLMOutput(logits=total / len(self.members))
+        return CausalLMOutputWithPast(
+            logits=total / len(self.members),
+            past_key_values=tuple(caches) if use_cache else None,
+        )
 
     def get_input_embeddings(self) -> nn.Module:
         return self.members[0].get_input_embeddings()  # type: ignore[operator]

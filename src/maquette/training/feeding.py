@@ -1,24 +1,25 @@
-"""From (seed, step) to micro-batches: the feed's mixture, the stateless order, collation."""
+"""From (seed, step) to micro-batches: the feed's mixture or selection, the order, collation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from maquette.data.order import MixtureOrder, batch_rows
+from maquette.data.order import MixtureOrder, batch_rows, rows_at
 from maquette.data.packing import PackedTokens
 from maquette.errors import BadInput
-from maquette.parts import Batch, Clock, Ctx, Examples
+from maquette.parts import Batch, Clock, Ctx, Examples, Selection
 from maquette.recipe import Stage
 
 
 class Feeder:
-    """The micro-batches of any step, as a pure function of (seed, step).
+    """The micro-batches of any step, as a pure function of (seed, step, selections so far).
 
     A row is `objective.window(length)` consecutive tokens. Without a mixture all rows of the
-    training part are one pool; with one, each source is a pool of its own.
+    training part are one pool; with one, each source is a pool of its own. From the step of a
+    selection on, its rows are the pool.
     steps: the horizon, for `Clock.fraction` as the feed sees it; set once it is known.
     """
 
@@ -33,6 +34,7 @@ class Feeder:
                 key="workload.corpus",
                 mend="a larger corpus, or a smaller `length`",
             )
+        self.selections: dict[int, Selection] = {}
         self.mixture = self._mixture()
 
     def _mixture(self) -> MixtureOrder | None:
@@ -60,6 +62,9 @@ class Feeder:
 
     def starts(self, step: int) -> np.ndarray:
         """First token of each row of the step's batch, int64, shape (rows,)."""
+        began = max((s for s in self.selections if s <= step), default=None)
+        if began is not None:
+            return self._selected(self.selections[began], began, step) * self.window
         if self.mixture is None:
             return batch_rows(self.ctx.seed, step, self.stage.rows, self.n_rows) * self.window
         drawn = self.mixture.at(step)
@@ -68,10 +73,17 @@ class Feeder:
         # Mixed, or a micro-batch would hold one source only.
         return self.ctx.rng("order", step).permutation(starts)
 
-    def batches(self, step: int, share: slice = slice(None)) -> list[Batch]:
-        """This process's micro-batches of the step; `share` picks them (rank r of w: r::w)."""
+    def _selected(self, selection: Selection, began: int, step: int) -> np.ndarray:
+        places = (step - began) * self.stage.rows + np.arange(self.stage.rows)
+        if selection.ordered:
+            return selection.rows[places % len(selection.rows)]
+        order = rows_at(self.ctx.seed, places, len(selection.rows), f"order/{began}")
+        return selection.rows[order]
+
+    def batches(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of the step: every `team.size`-th, from its own number on."""
         pieces = np.split(self.starts(step), self.stage.microbatches)
-        chosen = range(self.stage.microbatches)[share]
+        chosen = range(self.ctx.team.rank, self.stage.microbatches, self.ctx.team.size)
         return [self._collate(pieces[i], step, i) for i in chosen]
 
     def _collate(self, starts: np.ndarray, step: int, piece: int) -> Batch:
@@ -83,15 +95,27 @@ class Feeder:
         return self.stage.objective.collate(examples, self.ctx, rng)
 
     def stream(
-        self, first: int, stop: int, share: slice = slice(None)
+        self,
+        first: int,
+        stop: int,
+        *,
+        due: Container[int] = (),
+        refresh: Callable[[int], None] = lambda step: None,
     ) -> Iterator[tuple[int, list[Batch]]]:
-        """(step, micro-batches) from `first` on; the next step is made while one is used."""
+        """(step, micro-batches) from `first` on; the next step is made while one is used.
+
+        due: steps before which `refresh` is called; none of their rows is looked at before that.
+        """
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="feeder") as worker:
-            waiting: Future[list[Batch]] = worker.submit(self.batches, first, share)
+            waiting: Future[list[Batch]] | None = None
             for step in range(first, stop):
+                if step in due:
+                    refresh(step)
+                if waiting is None:
+                    waiting = worker.submit(self.batches, step)
                 batches = waiting.result()
-                if step + 1 < stop:
-                    waiting = worker.submit(self.batches, step + 1, share)
+                ahead = step + 1 < stop and step + 1 not in due
+                waiting = worker.submit(self.batches, step + 1) if ahead else None
                 yield step, batches
 
     def realised_mix(self) -> dict[str, float]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
-from torch import nn
-from transformers import PreTrainedModel
 
 from maquette.data.order import batch_rows, generator, stream_seed
 from maquette.data.packing import PackedTokens
 from maquette.parts import Clock, Ctx, Examples
 from maquette.recipe import Stage
-from maquette.training.precision import Precision
+from maquette.training.ledger import Entry, Ledger
+
+if TYPE_CHECKING:
+    from maquette.training.loop import LiveRun
 
 ROWS_AT_ONCE = 32
 
@@ -31,33 +34,45 @@ class HeldOutLoss:
             batch_rows(0, 0, min(rows, available), available) * self.window if available else None
         )
 
-    def __call__(
-        self, model: PreTrainedModel, extra: nn.ModuleDict, precision: Precision
-    ) -> float | None:
-        """The loss, or None when the held-out part is shorter than one row."""
+    def __call__(self, run: LiveRun) -> float | None:
+        """The loss, or None when the held-out part is shorter than one row.
+
+        The ranks share the pieces. One that has none left repeats the last, unbilled and
+        unweighed, because a sharded model computes with all ranks or with none.
+        """
         if self.starts is None:
             return None
-        was_training = model.training
-        model.eval()
-        extra.eval()
-        total, weight = 0.0, 0.0
+        was_training = run.model.training
+        run.model.eval()
+        run.extra.eval()
         pieces = np.split(self.starts, range(ROWS_AT_ONCE, len(self.starts), ROWS_AT_ONCE))
+        team, bill = self.ctx.team, Ledger()
+        mine: list[tuple[float, float]] = []
         with (
-            self.ctx.ledger.meter("evaluation"),
             torch.compiler.set_stance("force_eager"),
             torch.no_grad(),
-            precision.autocast(),
+            run.precision.autocast(),
         ):
-            for i, starts in enumerate(pieces):
-                loss, share = self._loss(model, extra, starts, i)
-                total, weight = total + loss * share, weight + share
-        model.train(was_training)
-        extra.train(was_training)
-        return total / weight if weight else None
+            for turn in range(0, len(pieces), team.size):
+                i = turn + team.rank
+                piece = min(i, len(pieces) - 1)
+                with (bill if i == piece else Ledger()).meter("evaluation"):
+                    loss, weight = self._loss(run, pieces[piece], piece)
+                mine.append((loss, weight if i == piece else 0.0))
+        run.model.train(was_training)
+        run.extra.train(was_training)
+        self._settle(bill)
+        told = [pair for turn in zip(*team.gather(mine), strict=True) for pair in turn]
+        whole = sum(weight for _, weight in told)
+        return sum(loss * weight for loss, weight in told) / whole if whole else None
 
-    def _loss(
-        self, model: PreTrainedModel, extra: nn.ModuleDict, starts: np.ndarray, piece: int
-    ) -> tuple[float, float]:
+    def _settle(self, bill: Ledger) -> None:
+        """Bill the FLOPs of all ranks and the time of the slowest."""
+        entries = self.ctx.team.gather(bill.entries.get("evaluation", Entry()))
+        flops, seconds = sum(e.flops for e in entries), max(e.seconds for e in entries)
+        self.ctx.ledger.bill("evaluation", flops=flops, seconds=seconds)
+
+    def _loss(self, run: LiveRun, starts: np.ndarray, piece: int) -> tuple[float, float]:
         examples = Examples(
             self.tokens.windows(starts, self.window),
             self.tokens.segments(starts, self.window),
@@ -66,5 +81,7 @@ class HeldOutLoss:
         noise = torch.Generator(device=self.ctx.device)
         noise.manual_seed(stream_seed(0, "eval", piece) % 2**63)
         clock = Clock(fraction=1.0, generator=noise)
-        loss = self.stage.objective.loss(model, extra, batch.to(self.ctx.device), clock)
+        loss = run.spread.loss(
+            run.objective, run.model, run.extra, batch.to(self.ctx.device), clock
+        )
         return float(loss.total), batch.weight

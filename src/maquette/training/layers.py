@@ -105,6 +105,29 @@ def split_groups(
     ]
 
 
+def decayed_groups(
+    modules: Iterable[nn.Module], *, rate: float | None, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Two groups: matrices that decay, and embeddings (with what is tied to them) and vectors.
+
+    rate: peak rate; None leaves it to the loop. Only trainable parameters; no empty group.
+    """
+    modules = list(modules)
+    tables = {
+        id(p)
+        for m in modules
+        for inner in m.modules()
+        if isinstance(inner, nn.Embedding)
+        for p in inner.parameters(recurse=False)
+    }
+    unique = {id(p): p for m in modules for p in m.parameters() if p.requires_grad}
+    decays = [p for key, p in unique.items() if p.ndim >= 2 and key not in tables]
+    others = [p for key, p in unique.items() if p.ndim < 2 or key in tables]
+    peak = {} if rate is None else {"lr": rate, "peak_lr": rate}
+    groups = ((decays, weight_decay), (others, 0.0))
+    return [{"params": params, "weight_decay": d, **peak} for params, d in groups if params]
+
+
 def projected_groups(
     modules: Iterable[nn.Module],
     *,

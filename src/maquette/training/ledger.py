@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -225,3 +225,27 @@ class FlopCounter:
     def of(self, name: str) -> float:
         """FLOPs of the module counted under this name, forward and backward."""
         return self._counter.by_name.get(name, 0.0)
+
+
+class Repeated:
+    """Bills passes of a cause: the first of each kind is counted, the others cost the same.
+
+    Counting slows a small pass down several times, so many equal passes are counted once.
+    """
+
+    def __init__(self, ledger: Ledger, cause: str) -> None:
+        self._ledger, self._cause = ledger, cause
+        self.flops: dict[str, float] = {}
+
+    def __call__(self, kind: str, run: Callable[[], Any]) -> Any:
+        """The result of `run`; `kind` names passes whose operations and shapes are the same."""
+        start = time.perf_counter()
+        if kind in self.flops:
+            result = run()
+        else:
+            with FlopCounter() as counter:
+                result = run()
+            self.flops[kind] = counter.total
+        seconds = time.perf_counter() - start
+        self._ledger.bill(self._cause, flops=self.flops[kind], seconds=seconds)
+        return result

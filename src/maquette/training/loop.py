@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,18 +22,28 @@ from transformers import PreTrainedModel
 from maquette.data.corpus import Corpus
 from maquette.data.order import stream_seed
 from maquette.errors import RunFailed
-from maquette.parts import Batch, Clock, Ctx, Loss, Objective
+from maquette.flow import Outline
+from maquette.parts import Batch, Clock, Ctx, Loss, Objective, Optim, Selection
 from maquette.recipe import Stage
 from maquette.schedules import Horizon
 from maquette.training import checkpoint
-from maquette.training.compiled import maybe_compile
-from maquette.training.cost import StepCosts, count_all, count_batches, plan_horizon
+from maquette.training.branch import Branch, branch
+from maquette.training.compiled import broken_compiler, maybe_compile, pays
+from maquette.training.cost import (
+    StepCosts,
+    count_all,
+    count_batches,
+    count_refreshes,
+    plan_horizon,
+)
 from maquette.training.feeding import Feeder
 from maquette.training.held_out import HeldOutLoss
 from maquette.training.ledger import Ledger
 from maquette.training.memory import peak_memory, reset_peak_memory
 from maquette.training.metrics import MetricsFile, read_metrics, series
 from maquette.training.precision import Precision, choose_precision
+from maquette.training.selection import Selections
+from maquette.training.sharding import Replicated, Spread, clip_gradients, spread_over
 
 log = logging.getLogger(__name__)
 
@@ -68,18 +79,22 @@ class Progress:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished stage: the trained modules, what it cost, and warnings for the report."""
+    """A finished stage: the trained modules, what it cost, and what its record and report say.
+
+    Of several ranks only the lead's is complete. refreshes: what the feed reported, by step.
+    """
 
     model: PreTrainedModel
     extra: nn.ModuleDict
     ledger: Ledger
     steps: int
     warnings: dict[str, str]
+    refreshes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class LiveRun:
-    """A run in progress; what an `Optim` may look at (`parts.Run`)."""
+    """A run in progress; what an `Optim` or a `Feed` may look at (`parts.Run`)."""
 
     stage: Stage
     model: PreTrainedModel
@@ -87,6 +102,7 @@ class LiveRun:
     ctx: Ctx
     precision: Precision
     optimizer: torch.optim.Optimizer = field(init=False)
+    spread: Spread = field(default_factory=Replicated)
     horizon: Horizon = field(default_factory=lambda: Horizon(1))
     costs: StepCosts = field(default_factory=StepCosts)
     step: int = 0
@@ -96,10 +112,15 @@ class LiveRun:
     seconds: float = 0.0
     live: float | None = None
     compiled: str = "off"
+    selections: dict[int, Selection] = field(default_factory=dict)
 
     @property
     def objective(self) -> Objective:
         return self.stage.objective
+
+    @property
+    def rows(self) -> int:
+        return self.stage.rows
 
     @property
     def clock(self) -> Clock:
@@ -126,19 +147,49 @@ class LiveRun:
         noise = self.ctx.torch_rng("corrupt", self.step, piece)
         clock = replace(self.clock, generator=noise)
         with self.precision.autocast():
-            return self.objective.loss(self.model, self.extra, batch, clock)
+            return self.spread.loss(self.objective, self.model, self.extra, batch, clock)
+
+    def piece(self, i: int) -> int:
+        """Place in the whole step of the i-th micro-batch of this rank."""
+        return self.ctx.team.rank + i * self.ctx.team.size
+
+    def outlines(self, microbatches: Sequence[Batch]) -> list[Outline]:
+        """The micro-batches of all ranks, by their place in the step."""
+        ranks = self.ctx.team.gather([batch.outline for batch in microbatches])
+        return [outline for turn in zip(*ranks, strict=True) for outline in turn]
 
     def backward(self, microbatches: Sequence[Batch]) -> dict[str, float]:
         """Accumulate gradients of the mean loss; returns logs averaged in the same proportion."""
-        whole = sum(batch.weight for batch in microbatches)
+        outlines = self.outlines(microbatches)
+        whole = sum(outline.weight for outline in outlines)
         logs: dict[str, Any] = {}
-        for piece, batch in enumerate(microbatches):
-            share = batch.weight / whole if whole else 1 / len(microbatches)
-            loss = self.loss_of(batch.to(self.ctx.device), piece)
+        for i, batch in enumerate(microbatches):
+            share = batch.weight / whole if whole else 1 / len(outlines)
+            loss = self.loss_of(batch.to(self.ctx.device), self.piece(i))
             (loss.total * share).backward()
             for name, value in {"loss": loss.total.detach(), **loss.logs}.items():
                 logs[name] = logs.get(name, 0.0) + value * share
-        return {name: float(value) for name, value in logs.items()}
+        self.spread.sum_gradients(self.trainable())
+        shares = self.ctx.team.gather({name: float(value) for name, value in logs.items()})
+        names = dict.fromkeys(name for share in shares for name in share)
+        return {name: sum(share.get(name, 0.0) for share in shares) for name in names}
+
+    def clip(self, limit: float) -> float:
+        """Scale the gradients so that their global norm is at most `limit`; returns the norm."""
+        return clip_gradients(self.trainable(), limit)
+
+    def update(self, microbatches: Sequence[Batch]) -> dict[str, float]:
+        """One optimiser step at this step's learning rate."""
+        factor = self.stage.optim.rate_factor(self.step, self.horizon)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        return self.stage.optim.step(self, microbatches)
+
+    def branch(self) -> AbstractContextManager[Branch]:
+        """A block whose steps are taken back, bit for bit."""
+        # Only an optimiser with a step of its own changes weights that take no gradient.
+        own_step = type(self.stage.optim).step is not Optim.step
+        return branch((self.model, self.extra), self.optimizer, frozen=own_step)
 
 
 def train(
@@ -155,24 +206,29 @@ def train(
     """Train `model` as `stage` says, to the end of its budget.
 
     folder: the run's own; `state/` holds checkpoints, `metrics.jsonl` a line per step. A
-    checkpoint found there is continued from.
+    checkpoint found there is continued from. All ranks of `ctx.team` call this alike; the lead
+    writes.
     Raises RunFailed when the loss stops being a number; the last good checkpoint stays.
     """
     reset_peak_memory(ctx.device)
-    saved = checkpoint.newest(folder / "state")
+    team = ctx.team
+    saved = team.lead(lambda: checkpoint.newest(folder / "state"))
     run, feeder = start(stage, corpus, model, ctx, precision, settings, saved)
-    metrics = MetricsFile(folder / "metrics.jsonl", run.step)
+    selections = Selections(run, feeder, folder / "state")
+    metrics = MetricsFile(folder / "metrics.jsonl", run.step, writes=team.is_lead)
     look = HeldOutLoss(stage, corpus.held_out, ctx, settings.live_rows)
     looks = {
         round(i * run.horizon.steps / settings.live_points) for i in range(settings.live_points)
     }
     saved_at = time.monotonic()
-    for step, batches in feeder.stream(run.step, run.horizon.steps):
+    for step, batches in feeder.stream(
+        run.step, run.horizon.steps, due=selections.due, refresh=selections.refresh
+    ):
         if step in looks:
-            run.live = look(run.model, run.extra, run.precision)
+            run.live = look(run)
             metrics.write({"step": step, **_totals(run), "held_out_loss": run.live})
         began = time.perf_counter()
-        logs = _update(run, batches)
+        logs = run.update(batches)
         _bill(run, batches, time.perf_counter() - began)
         if not all(math.isfinite(v) for v in logs.values()):
             metrics.close()
@@ -181,16 +237,15 @@ def train(
         on_step(
             Progress(run.step, run.horizon.steps, logs["loss"], run.flops, run.seconds, run.live)
         )
-        if time.monotonic() - saved_at >= settings.checkpoint_seconds:
+        # The lead's clock decides for all.
+        if team.gather(time.monotonic() - saved_at)[0] >= settings.checkpoint_seconds:
             metrics.flush()
-            checkpoint.save(
-                folder / "state", run.step, run.model, run.extra, run.optimizer, _saved(run)
-            )
+            _save(run, folder / "state")
             saved_at = time.monotonic()
-    run.live = look(run.model, run.extra, run.precision)
+    run.live = look(run)
     metrics.write({"step": run.step, **_totals(run), "held_out_loss": run.live})
     metrics.close()
-    return _finish(run, feeder, folder)
+    return _finish(run, feeder, selections, folder)
 
 
 def leave(
@@ -203,7 +258,7 @@ def leave(
 ) -> Outcome:
     """What `train` gives for a stage of no steps: the modules as they start, nothing billed."""
     extra = _extra_of(stage, model.to(ctx.device), ctx)
-    MetricsFile(folder / "metrics.jsonl", 0).close()
+    MetricsFile(folder / "metrics.jsonl", 0, writes=ctx.team.is_lead).close()
     return Outcome(model.eval(), extra.eval(), ctx.ledger, 0, {})
 
 
@@ -224,7 +279,9 @@ def start(
     """The run at its first step, or at the step its checkpoint was saved at."""
     model.to(ctx.device).train()
     extra = _extra_of(stage, model, ctx).train()
-    run = LiveRun(stage, model, extra, ctx, precision)
+    precision = choose_precision(ctx.device, saved.clock["precision"]) if saved else precision
+    spread = spread_over(ctx.team, stage, model, extra, ctx.device, precision)
+    run = LiveRun(stage, model, extra, ctx, precision, spread)
     feeder = Feeder(stage, corpus.train, ctx)
     if saved:
         _restore(run, saved)
@@ -234,7 +291,7 @@ def start(
     _compile(run, run.compiled if saved else settings.compile)
     run.make_optimizer(run.horizon)
     if saved:
-        checkpoint.load(saved, model, extra, run.optimizer)
+        checkpoint.load(saved, model, extra, run.optimizer, ctx.team)
         log.info("continuing at step %d of %d", run.step, run.horizon.steps)
     return run, feeder
 
@@ -243,42 +300,49 @@ def _compile(run: LiveRun, mode: str) -> None:
     """Compile the layers of model and extra modules where the run is long enough for it."""
     whole = run.horizon.steps * run.horizon.flops_per_step
     cache = run.ctx.cache / "compiled"
+    mode = _mode_of_all(run, mode, whole, cache)
     choice = maybe_compile(run.model, mode, run_flops=whole, device=run.ctx.device, cache=cache)
     run.compiled = choice.mode
     if choice.on:
         maybe_compile(run.extra, "on", run_flops=whole, device=run.ctx.device, cache=cache)
 
 
+def _mode_of_all(run: LiveRun, mode: str, run_flops: float, cache: Path) -> str:
+    """`mode`, or `off` when a rank has no working compiler: the ranks must round alike."""
+    kind = run.ctx.device.type
+    if run.ctx.team.alone or mode == "off" or (mode == "auto" and not pays(run_flops, kind)[0]):
+        return mode
+    broken = run.ctx.team.gather(broken_compiler(kind, cache))
+    return "off" if any(broken) else mode
+
+
 def _plan(run: LiveRun, feeder: Feeder, settings: Settings) -> None:
     """Count a step and set the horizon from it."""
     batches = feeder.batches(0)
     flops = count_all(run, batches)
-    run.horizon = plan_horizon(
+    side = count_refreshes(run)
+    horizon = plan_horizon(
         run.stage.budget,
         flops,
-        sum(batch.n_tokens for batch in batches),
+        sum(outline.n_tokens for outline in run.outlines(batches)),
         timed_step=lambda: run.backward(batches),
         steps_per_epoch=feeder.n_rows / run.stage.rows,
         usd_per_hour=settings.usd_per_hour,
+        side_flops=side,
     )
+    # A budget of seconds is timed, and every rank times its own.
+    run.horizon = run.ctx.team.lead(lambda: horizon)
     for parameter in run.trainable():
         parameter.grad = None
-
-
-def _update(run: LiveRun, batches: Sequence[Batch]) -> dict[str, float]:
-    """One optimiser step at this step's learning rate."""
-    factor = run.stage.optim.rate_factor(run.step, run.horizon)
-    for group in run.optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
-    return run.stage.optim.step(run, batches)
 
 
 def _bill(run: LiveRun, batches: Sequence[Batch], seconds: float) -> None:
     loss_phase = run.objective.phase_now(run.clock, run.extra)
     update_phase = run.stage.optim.phase(run.step)
-    count_batches(run, batches, loss_phase)
-    costs = run.costs.of(batches, loss_phase, update_phase)
-    n_tokens, n_bytes = sum(b.n_tokens for b in batches), sum(b.n_bytes for b in batches)
+    outlines = count_batches(run, batches, loss_phase)
+    costs = run.costs.of(outlines, loss_phase, update_phase)
+    n_tokens, n_bytes = sum(o.n_tokens for o in outlines), sum(o.n_bytes for o in outlines)
+    seconds = max(run.ctx.team.gather(seconds))
     for cause, flops in costs.items():
         run.ctx.ledger.bill(cause, flops=flops)
     run.ctx.ledger.bill("train", tokens=n_tokens, bytes=n_bytes, seconds=seconds)
@@ -291,6 +355,12 @@ def _bill(run: LiveRun, batches: Sequence[Batch], seconds: float) -> None:
 
 def _totals(run: LiveRun) -> dict[str, Any]:
     return {"tokens": run.tokens, "flops": run.flops, "seconds": run.seconds}
+
+
+def _save(run: LiveRun, state: Path) -> None:
+    run.spread.check_agreement((run.model, run.extra))
+    team = run.ctx.team
+    checkpoint.save(state, run.step, run.model, run.extra, run.optimizer, _saved(run), team)
 
 
 def _saved(run: LiveRun) -> dict[str, Any]:
@@ -312,30 +382,33 @@ def _restore(run: LiveRun, saved: checkpoint.Saved) -> None:
     run.step = saved.step
     for name in _COUNTERS:
         setattr(run, name, clock[name])
-    run.precision = choose_precision(run.ctx.device, clock["precision"])
     run.horizon = Horizon(**clock["horizon"])
     run.costs = StepCosts(**clock["costs"])
     run.ctx.ledger.add(Ledger.from_dict(clock["ledger"]))
 
 
-def _finish(run: LiveRun, feeder: Feeder, folder: Path) -> Outcome:
-    run.ctx.ledger.peak_memory = max(run.ctx.ledger.peak_memory, peak_memory(run.ctx.device))
+def _finish(run: LiveRun, feeder: Feeder, selections: Selections, folder: Path) -> Outcome:
+    peak = max(run.ctx.team.gather(peak_memory(run.ctx.device)))
+    run.ctx.ledger.peak_memory = max(run.ctx.ledger.peak_memory, peak)
+    run.spread.check_agreement((run.model, run.extra))
+    model, extra = run.spread.plain(run.model, run.extra)
     if mix := feeder.realised_mix():
         log.info("realised mix: %s", ", ".join(f"{k} {v:.2%}" for k, v in mix.items()))
-    logged = series(read_metrics(folder / "metrics.jsonl"))
-    return Outcome(
-        run.model.eval(),
-        run.extra.eval(),
-        run.ctx.ledger,
-        run.step,
-        {**run.objective.diagnose(logged), **checkpoint.damage(folder / "state")},
-    )
+    warnings = {}
+    if run.ctx.team.is_lead:
+        logged = series(read_metrics(folder / "metrics.jsonl"))
+        warnings = run.stage.optim.diagnose(run) | run.objective.diagnose(logged)
+        warnings |= selections.warnings() | checkpoint.damage(folder / "state")
+    facts = selections.facts()
+    return Outcome(model.eval(), extra.eval(), run.ctx.ledger, run.step, warnings, facts)
 
 
 def _not_a_number(logs: dict[str, float], step: int, folder: Path) -> RunFailed:
     bad = ", ".join(f"{k} is {v}" for k, v in logs.items() if not math.isfinite(v))
-    return RunFailed(
+    failure = RunFailed(
         f"{bad} at step {step}; the run is stopped and its last good checkpoint kept",
         where=folder,
         mend="a lower `optim.learning_rate`, or gradient clipping (`optim.clip`)",
     )
+    failure.everywhere = True  # every rank has the same logs
+    return failure

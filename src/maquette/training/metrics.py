@@ -15,21 +15,28 @@ class MetricsFile:
     """Append-only series of a run; no handle is held between lines, so a run may end anywhere.
 
     first_step: lines of this step and later are dropped: the steps they tell of run again.
+    writes: False on a rank that leaves the file to the lead.
     """
 
-    def __init__(self, path: Path, first_step: int) -> None:
-        self.path = path
+    def __init__(self, path: Path, first_step: int, *, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
+        if not writes:
+            return
         kept = [line for line in read_metrics(path) if line["step"] < first_step]
         with atomic.explained(path):
             atomic.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, line: Mapping[str, Any]) -> None:
+        if not self.writes:
+            return
         text = json.dumps({k: v for k, v in line.items() if v is not None})
         with atomic.explained(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(text + "\n")
 
     def flush(self) -> None:
         """On disk, not only in a cache: called before a checkpoint counts on these lines."""
+        if not self.writes:
+            return
         with atomic.explained(self.path), self.path.open("rb+") as file:
             os.fsync(file.fileno())
 

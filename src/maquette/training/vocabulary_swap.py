@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from maquette.data.token_strings import n_rows
 from maquette.training.embedding_init import Transfer
 from maquette.training.factorised_embedding import (
     FactorisedEmbedding,
@@ -21,6 +22,7 @@ from maquette.training.factorised_embedding import (
 )
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _TENSORS = ("coordinates", "primitives", "output_coordinates", "output_primitives", "bias")
@@ -98,6 +100,52 @@ def carry_tables(
         bias,
         special or {},
     )
+
+
+@dataclass(frozen=True)
+class SourceTables:
+    """A model's own rows: input (V, D), output (V, D) if its head is untied, bias (V,) or None."""
+
+    input: Tensor
+    output: Tensor | None
+    bias: Tensor | None
+
+
+def source_tables(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, drop_padding: bool = False
+) -> SourceTables:
+    """The rows of the tokenizer's ids, detached.
+
+    drop_padding: allow a table with more rows than the tokenizer has ids, and leave them out.
+    Raises ValueError where the two do not belong together.
+    """
+    n = n_rows(tokenizer)
+    table: Any = model.get_input_embeddings().weight
+    if len(table) > n and not drop_padding:
+        raise ValueError(
+            f"the model has {len(table)} embeddings, its tokenizer {n} ids; "
+            "set `drop_padding: true` if the further rows are padding"
+        )
+    if len(table) < n:
+        raise ValueError(
+            f"the model has {len(table)} embeddings, its tokenizer {n} ids: "
+            "they do not belong together"
+        )
+    head: Any = model.get_output_embeddings()
+    untied = head is not None and not is_tied(model)
+    bias = getattr(head, "bias", None)
+    return SourceTables(
+        table[:n].detach(),
+        head.weight[:n].detach() if untied else None,
+        None if bias is None else bias[:n].detach(),
+    )
+
+
+def embedding_weights(model: PreTrainedModel) -> list[nn.Parameter]:
+    """Parameters of the input table, the output table and its bias, each once."""
+    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
+    found = {id(p): p for m in modules if m is not None for p in m.parameters()}
+    return list(found.values())
 
 
 def config_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:

@@ -42,7 +42,6 @@ NAME = "insecure_calls"
 class InsecureCallFilter(DataOp):
     """Drop the documents with the highest (or, inverse, lowest) density of insecure calls."""
 
-    fits_on: ClassVar[Literal["sample", "all"]] = "all"
     card: ClassVar[Card] = Card(
         title="Insecure-call filter",
         paper="after Longpre et al., 2023, A Pretrainer's Guide to Training Data, NAACL 2024",
@@ -106,6 +105,10 @@ print(scores, cut.keep(scores, ["a", "b", "c"]))
                 mend="say what to do with such documents: `unparsed: keep` or `unparsed: drop`",
             )
         return scores
+
+    def fitting_rows(self) -> Literal["sample", "all"]:
+        """A threshold is given, not learnt: only a kept fraction needs every score."""
+        return "sample" if self.keep is None else "all"
 
     def fit(self, sample: pa.Table, ctx: Ctx) -> State:
         """Score the sample and place the cut; exact when the sample is the whole corpus."""

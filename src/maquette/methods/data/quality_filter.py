@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -40,31 +40,15 @@ from maquette.data.scores import (
     one_of_threshold_and_keep,
     texts_of,
 )
+from maquette.data.word_hashing import hashed_counts
 from maquette.errors import BadInput
 from maquette.parts import Card, Ctx, DataOp, State, register
 
 NAME = "quality"
 FOLDS = b"maquette.folds"
 CHOICE = b"maquette.choice"
-
-
-def hashed_words(texts: Sequence[str], n_features: int) -> Any:
-    """Word counts hashed into `n_features` columns, rows of length 1, SciPy CSR (N, n_features).
-
-    Raises BadInput when scikit-learn is not installed.
-    """
-    try:
-        from sklearn.feature_extraction.text import HashingVectorizer
-    except ImportError:
-        raise BadInput(
-            "the quality classifier needs scikit-learn",
-            key="quality-filter",
-            mend="pip install 'maquette[sklearn]'",
-        ) from None
-    vectorizer = HashingVectorizer(
-        n_features=n_features, alternate_sign=False, norm="l2", token_pattern=r"(?u)\b\w+\b"
-    )
-    return vectorizer.transform(texts)
+HASHING = 2
+"""Raised when words are hashed otherwise, so that what was curated before is not taken for this."""
 
 
 def fold_of(texts: Sequence[str], folds: int) -> NDArray[np.int64]:
@@ -84,10 +68,16 @@ def fit_quality(
 
     Raises BadInput if a part has no text of a class.
     """
-    from sklearn.linear_model import LogisticRegression
-
+    try:
+        from sklearn.linear_model import LogisticRegression
+    except ImportError:
+        raise BadInput(
+            "the quality classifier needs scikit-learn",
+            key="quality-filter",
+            mend="pip install 'maquette[sklearn]'",
+        ) from None
     texts = [*trusted, *raw]
-    X = hashed_words(texts, n_features)
+    X = hashed_counts(texts, n_features)
     y = np.repeat([0, 1], [len(trusted), len(raw)])
     fold = fold_of(texts, folds)
     weights, biases = np.zeros((folds, n_features)), np.zeros(folds)
@@ -114,7 +104,7 @@ def quality_scores(texts: Sequence[str], weights: Array, biases: Array) -> Array
 
     if not texts:
         return np.zeros(0)
-    X = hashed_words(texts, weights.shape[1])
+    X = hashed_counts(texts, weights.shape[1])
     logits = np.asarray(X @ weights.T) + biases
     return np.asarray(expit(logits[np.arange(len(texts)), fold_of(texts, len(biases))]))
 
@@ -183,7 +173,7 @@ print(quality_scores(["the theorem holds", "buy cheap offer now"], weights, bias
     side: Side = "normal"
     """`normal` drops what is least like the trusted text, `inverse` what is most like it."""
     n_features: int = Field(2**18, ge=2, le=2**24)
-    """Columns that words are hashed into."""
+    """Columns that words are hashed into, a power of two."""
     inverse_regularisation: float = Field(1.0, gt=0)
     """Inverse L2 strength of the logistic fit (scikit-learn's C)."""
     folds: int = Field(2, ge=1, le=20)
@@ -196,6 +186,8 @@ print(quality_scores(["the theorem holds", "buy cheap offer now"], weights, bias
         one_of_threshold_and_keep(self.threshold, self.keep)
         if not self.positives and not self.positive_files:
             raise ValueError("give trusted text: `positives` (domain globs) or `positive_files`")
+        if self.n_features & (self.n_features - 1):
+            raise ValueError(f"n_features must be a power of two, got {self.n_features}")
         return self
 
     def digest_key(self) -> str:
@@ -203,7 +195,7 @@ print(quality_scores(["the theorem holds", "buy cheap offer now"], weights, bias
 
         named = [*self.positive_files, *self.negative_files]
         content = [fingerprint(CorpusSpec(path=name)) for name in named]
-        return json.dumps([self.spec(), content], sort_keys=True)
+        return json.dumps([self.spec(), content, HASHING], sort_keys=True)
 
     def fit(self, sample: pa.Table, ctx: Ctx) -> State:
         """Fit the classifier on the sample's trusted and raw documents and place the cut.

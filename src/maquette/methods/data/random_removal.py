@@ -11,7 +11,7 @@ Whether a document goes depends on a hash of its id and the seed, never on its p
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from maquette.data.documents import byte_lengths
+from maquette.data.readers import parse_size
 from maquette.data.scores import Mask, drop_rows, hash_bound, hash_uniform, ids_of, kept_rows
 from maquette.errors import BadInput
 from maquette.parts import Card, Ctx, DataOp, State, register
@@ -72,15 +73,24 @@ print(sizes[removed].sum())  # 10000
 
     fraction: float | None = Field(None, gt=0, lt=1)
     """Fraction of the bytes to remove."""
+    keep: str | None = None
+    """Bytes of text to leave (`64KB`), for a run whose data are few: the held-out part stays."""
     like: dict[str, Any] | str | None = None
     """Another data operation (`{type: quality-filter, ...}`): remove as many bytes as it drops."""
     seed: int = 0
     """Which documents go. Not the seed of the run: all runs of an arm share one corpus."""
+    complement: bool = False
+    """Remove the others instead: with and without it, the two sides of one partition, so that a
+    scorer or a teacher can learn from text that is not trained on."""
 
     @model_validator(mode="after")
     def _one_amount(self) -> RandomRemoval:
-        if (self.fraction is None) == (self.like is None):
-            raise ValueError("give either `fraction` (of the bytes) or `like` (another operation)")
+        if sum(given is not None for given in (self.fraction, self.keep, self.like)) != 1:
+            raise ValueError(
+                "give one of `fraction` (of the bytes), `keep` (bytes) and `like` (an operation)"
+            )
+        if self.keep is not None:
+            parse_size(self.keep)
         if self.like is not None:
             self.model()
         return self
@@ -90,6 +100,10 @@ print(sizes[removed].sum())  # 10000
         from maquette.recipe import parse_part
 
         return parse_part(DataOp, self.like, key="like")  # type: ignore[type-abstract]
+
+    def reads(self) -> Mapping[str, str]:
+        """What the operation named by `like` reads."""
+        return self.model().reads() if self.like is not None else {}
 
     def digest_key(self) -> str:
         inner = self.model().digest_key() if self.like is not None else ""
@@ -106,6 +120,14 @@ print(sizes[removed].sum())  # 10000
         total = int(sizes.sum())
         if self.like is not None:
             target = self._removed_by_model(sample, ctx)
+        elif self.keep is not None:
+            target = float(total - parse_size(self.keep))
+            if target < 0:
+                raise BadInput(
+                    f"{self.keep} is more than the {total} bytes there are",
+                    key="keep",
+                    mend="keep less, or give a larger corpus",
+                )
         else:
             target = (self.fraction or 0.0) * total
         if target >= total:
@@ -134,4 +156,5 @@ print(sizes[removed].sum())  # 10000
 
     def apply(self, batch: pa.RecordBatch, state: State) -> pa.RecordBatch:
         gone = hash_uniform(ids_of(batch), seed_salt(self.seed)) < float(state.meta["bound"])
+        gone ^= self.complement
         return drop_rows(batch, {int(n): "random removal" for n in np.flatnonzero(gone)})

@@ -78,10 +78,10 @@ def term_pattern(terms: Sequence[str]) -> re.Pattern[str]:
 
 def bad_word_rate(text: str, pattern: re.Pattern[str]) -> float:
     """Listed terms per word, in [0, 1]; above 0 exactly if the text holds a listed term."""
-    hits = sum(1 for _ in pattern.finditer(text))
+    hits = len(pattern.findall(text))
     if not hits:
         return 0.0
-    return min(1.0, hits / max(1, sum(1 for _ in _WORD.finditer(text))))
+    return min(1.0, hits / max(1, len(_WORD.findall(text))))
 
 
 def word_list_scorer(terms: Sequence[str]) -> Scorer:
@@ -130,7 +130,6 @@ def score_column(table: pa.Table | pa.RecordBatch, column: str) -> Array:
 class ToxicityFilter(DataOp):
     """Drop the most (or, inverse, least) toxic documents (Longpre et al., 2023, Section 3.2)."""
 
-    fits_on: ClassVar[Literal["sample", "all"]] = "all"
     card: ClassVar[Card] = Card(
         title="Toxicity filter",
         paper="Longpre et al., 2023, A Pretrainer's Guide to Training Data, NAACL 2024",
@@ -203,6 +202,10 @@ print(score(["You rotten  SCOUNDREL!", "A blasted heath.", "Blast, it rained."])
             scores = cached_scores(texts_of(table, kept_rows(table)), score, store)
         check_scores(scores, ids_of(table, kept_rows(table)), NAME)
         return scores
+
+    def fitting_rows(self) -> Literal["sample", "all"]:
+        """A threshold is given, not learnt: only a kept fraction needs every score."""
+        return "sample" if self.keep is None else "all"
 
     def fit(self, sample: pa.Table, ctx: Ctx) -> State:
         """Score the sample and place the cut; exact when the sample is the whole corpus."""

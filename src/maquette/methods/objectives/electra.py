@@ -23,7 +23,19 @@ from torch import Tensor, nn
 from maquette.data.masking import choose_positions, corrupt_chosen, n_masked, wrap
 from maquette.data.special import count_bytes, encoder_ids
 from maquette.errors import BadInput
-from maquette.parts import Batch, Card, Clock, Ctx, Examples, Head, Loss, Needs, Objective, register
+from maquette.parts import (
+    Batch,
+    Card,
+    Clock,
+    Ctx,
+    Examples,
+    Head,
+    Loss,
+    Needs,
+    Objective,
+    Scale,
+    register,
+)
 from maquette.training.heads import gather_positions, masked_lm_logits
 
 if TYPE_CHECKING:
@@ -217,6 +229,10 @@ detection_loss(logits, labels, torch.ones(1, 5, dtype=torch.bool)).backward()
     def head(self) -> Head | None:
         predicts_tokens = self.variant in ("replace_mlm", "all_tokens_mlm", "mlm")
         return "masked-lm" if predicts_tokens else "token-discrimination"
+
+    def widest_scale(self) -> Scale:
+        # Half-way, two_stage copies weights inside the loss; a share cannot be copied into.
+        return "ddp" if self.variant == "two_stage" else super().widest_scale()
 
     def phase(self, clock: Clock) -> str:
         if self.variant != "two_stage":

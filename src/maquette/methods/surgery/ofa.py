@@ -13,10 +13,9 @@ have similarity 0 and would be picked where few are covered); special tokens get
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -25,21 +24,13 @@ from torch import Tensor
 
 from maquette.data.readers import CorpusSpec, parse_size, read
 from maquette.data.table import sample
+from maquette.data.token_strings import n_rows
 from maquette.data.word_vectors import WordVectors, ppmi_svd, read_vec
 from maquette.errors import BadInput
 from maquette.parts import Card, Ctx, Needs, State, Surgery, register
-from maquette.training.embedding_init import (
-    COPIED,
-    FUZZY,
-    Transfer,
-    copy_transfer,
-    from_copies,
-    fvt_transfer,
-    n_rows,
-    overlap,
-    subword_vectors,
-)
-from maquette.training.factorised_embedding import densify, is_tied
+from maquette.training.embedding_init import Transfer, copy_transfer, fvt_transfer
+from maquette.training.factorised_embedding import densify
+from maquette.training.similarity_transfer import neighbours, ofa_transfer
 from maquette.training.vocabulary_swap import (
     CarriedTables as OfaInit,
 )
@@ -49,6 +40,7 @@ from maquette.training.vocabulary_swap import (
     check_dim,
     config_ids,
     from_state,
+    source_tables,
     to_state,
 )
 
@@ -56,117 +48,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["OfaInit", "OfaSurgery", "apply", "merge", "neighbours", "ofa_init", "ofa_transfer"]
-
-_SIMILARITIES_PER_CHUNK = 1 << 26
-
-
-def neighbours(
-    target_Nd: Tensor, source_Md: Tensor, k: int, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """The k nearest source vectors by cosine, and softmax(cosine / temperature) over them.
-
-    Returns int64 (N, k), nearest first, and float32 (N, k). Vectors must not be zero. Step 4;
-    worked off in chunks of rows, so that the (N, M) matrix never exists.
-    """
-    if temperature <= 0:
-        raise ValueError(f"temperature must be above 0, got {temperature} (the paper uses 0.1)")
-    if not 1 <= k <= len(source_Md):
-        raise ValueError(f"k must be in [1, {len(source_Md)}], got {k} (the paper uses 10)")
-    source = torch.nn.functional.normalize(source_Md.float(), dim=1, eps=0.0)
-    target = torch.nn.functional.normalize(target_Nd.float(), dim=1, eps=0.0)
-    found, weights = [], []
-    for rows in target.split(max(1, _SIMILARITIES_PER_CHUNK // len(source))):
-        cosine, index = (rows @ source.T).topk(k, dim=1)
-        found.append(index)
-        weights.append(torch.softmax(cosine / temperature, dim=1))
-    if not found:
-        return torch.zeros(0, k, dtype=torch.int64), torch.zeros(0, k)
-    return torch.cat(found), torch.cat(weights)
-
-
-def ofa_transfer(
-    source_tokenizer: PreTrainedTokenizerBase,
-    target_tokenizer: PreTrainedTokenizerBase,
-    word_vectors: WordVectors,
-    *,
-    k: int = 10,
-    temperature: float = 0.1,
-    fuzzy: bool = True,
-    device: torch.device | str = "cpu",
-) -> Transfer:
-    """Steps 2 to 5: which source rows each target row is made of.
-
-    k is clipped, with a warning, to the number of covered source tokens.
-    Raises ValueError if no token is shared and none can be interpolated: the result would be a
-    random table.
-    """
-    copied, how = overlap(source_tokenizer, target_tokenizer, fuzzy=fuzzy)
-    u_s, covered_s = subword_vectors(source_tokenizer, word_vectors)
-    u_t, covered_t = subword_vectors(target_tokenizer, word_vectors)
-    rows = np.flatnonzero((copied < 0) & covered_t)
-    near = np.flatnonzero(covered_s)
-    if near.size == 0:
-        rows = rows[:0]
-    if rows.size == 0 and not np.isin(how, (COPIED, FUZZY)).any():
-        raise ValueError(
-            "the vocabularies share no token and the word vectors cover none: "
-            "the table would be random; give word vectors of the languages of both tokenizers"
-        )
-    used = min(k, near.size)
-    if used < k and rows.size:
-        warnings.warn(
-            f"k = {k} neighbours asked, but the word vectors cover {near.size} source tokens",
-            stacklevel=2,
-        )
-    terms: dict[str, Any] = {}
-    examples: list[dict[str, Any]] = []
-    if rows.size:
-        index, weight = neighbours(
-            torch.from_numpy(u_t[rows]).to(device),
-            torch.from_numpy(u_s[near]).to(device),
-            used,
-            temperature,
-        )
-        sources = near[index.cpu().numpy()]
-        weights = weight.cpu().numpy()
-        examples = _examples(source_tokenizer, target_tokenizer, rows, sources, weights)
-        terms = {
-            "new_rows": np.repeat(rows, used),
-            "sources": sources.ravel(),
-            "weights": weights.ravel(),
-        }
-    return from_copies(
-        copied,
-        how,
-        len(u_s),
-        **terms,
-        source_coverage=float(covered_s.mean()),
-        target_coverage=float(covered_t.mean()),
-        k=used,
-        examples=examples,
-    )
-
-
-def _examples(
-    source: PreTrainedTokenizerBase,
-    target: PreTrainedTokenizerBase,
-    rows: np.ndarray,
-    sources: np.ndarray,
-    weights: np.ndarray,
-    n: int = 20,
-) -> list[dict[str, Any]]:
-    """The n interpolated tokens that lean most on one neighbour, for a person to judge."""
-    top = np.argsort(-weights[:, 0], kind="stable")[:n]
-    return [
-        {
-            "token": target.convert_ids_to_tokens(int(rows[i])),
-            "neighbours": [
-                (source.convert_ids_to_tokens(int(s)), round(float(w), 4))
-                for s, w in zip(sources[i], weights[i], strict=True)
-            ],
-        }
-        for i in top
-    ]
 
 
 def ofa_init(
@@ -254,9 +135,7 @@ class OfaSurgery(Surgery):
     model the stage starts from. Put it into a stage with `init: {from: ...}`.
     """
 
-    needs: ClassVar[Needs] = Needs(
-        workloads=frozenset({"text/causal", "text/encoder"}), scale="ddp"
-    )
+    needs: ClassVar[Needs] = Needs(workloads=frozenset({"text/causal", "text/encoder"}))
     replaces_tokenizer: ClassVar[bool] = True
     card: ClassVar[Card] = Card(
         title="OFA",
@@ -350,30 +229,14 @@ class OfaSurgery(Surgery):
         target: PreTrainedTokenizerBase,
         ctx: Ctx,
     ) -> OfaInit:
-        n = n_rows(source)
-        table: Any = model.get_input_embeddings().weight
-        if len(table) > n and not self.drop_padding:
-            raise BadInput(
-                f"the model has {len(table)} embeddings, its tokenizer {n} ids",
-                key="surgery.ofa.drop_padding",
-                mend="set `drop_padding: true` if the further rows are padding",
-            )
-        if len(table) < n:
-            raise BadInput(
-                f"the model has {len(table)} embeddings, its tokenizer {n} ids: "
-                "they do not belong together",
-                key="surgery.ofa",
-            )
-        head: Any = model.get_output_embeddings()
-        untied = head is not None and not is_tied(model)
-        bias = getattr(head, "bias", None)
+        own = source_tables(model, source, drop_padding=self.drop_padding)
         return carry_tables(
-            self._transfer(source, target, ctx, table.device),
-            table[:n],
+            self._transfer(source, target, ctx, own.input.device),
+            own.input,
             ctx.rng("ofa"),
             dim=self.dim,
-            output_embeddings=head.weight[:n] if untied else None,
-            output_bias=None if bias is None else bias[:n],
+            output_embeddings=own.output,
+            output_bias=own.bias,
             special=config_ids(target),
         )
 

@@ -93,9 +93,7 @@ class ReLoRA(Surgery):
     alpha: float = Field(32.0, gt=0)
     """s = alpha / r scales the product; 32 in the benchmark and in the official code."""
 
-    needs: ClassVar[Needs] = Needs(
-        scale="ddp", clashes=frozenset({"galore", "fira", "low-rank", "sltrain"})
-    )
+    needs: ClassVar[Needs] = Needs(clashes=frozenset({"galore", "fira", "low-rank", "sltrain"}))
     card: ClassVar[Card] = Card(
         title="ReLoRA",
         paper="Lialin et al., 2023, ICLR 2024",

@@ -171,9 +171,7 @@ class SLTrain(Surgery):
     delta: float = Field(0.03, gt=0, lt=1)
     """Share of entries in the sparse part; the paper uses 0.03."""
 
-    needs: ClassVar[Needs] = Needs(
-        scale="ddp", clashes=frozenset({"galore", "fira", "low-rank", "relora"})
-    )
+    needs: ClassVar[Needs] = Needs(clashes=frozenset({"galore", "fira", "low-rank", "relora"}))
     card: ClassVar[Card] = Card(
         title="SLTrain",
         paper="Han et al., 2024, NeurIPS",

@@ -23,7 +23,7 @@ from maquette.data.order import stream_seed
 from maquette.data.readers import CorpusSpec
 from maquette.data.tokenizers import TokenizerSpec
 from maquette.errors import BadInput
-from maquette.parts import Ctx, DataOp, Head, Workload
+from maquette.parts import Ctx, DataOp, Head, Selector, Workload
 from maquette.recipe import Size
 from maquette.training.pretrained import config_of, from_pretrained
 
@@ -71,7 +71,7 @@ class TextWorkload(Workload):
         )
 
     def prepare(
-        self, ctx: Ctx, special_tokens: Sequence[str] = (), ops: Sequence[DataOp] = ()
+        self, ctx: Ctx, special_tokens: Sequence[str] = (), ops: Sequence[DataOp | Selector] = ()
     ) -> Corpus:
         return prepare(
             self.corpus,
