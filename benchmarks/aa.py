@@ -18,6 +18,7 @@ from pathlib import Path
 
 from maquette import Options, Store, parse_recipe
 from maquette.study.noise import measure_noise
+from maquette.study.pool import Place
 
 RECIPE = {
     "workload": {
@@ -51,7 +52,7 @@ def main() -> None:
                 Options(device="cpu", threads=1),
                 seeds=given.seeds,
                 first_seed=2 * given.seeds * i,
-                workers=given.workers,
+                place=Place(given.workers),
                 # A smallest effect far below the noise, so that `no difference` hides nothing.
                 smallest_effect="0.001%",
             )

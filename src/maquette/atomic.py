@@ -152,6 +152,17 @@ def new_dir(final: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def sweep(folder: Path, name: str = "") -> None:
+    """Remove what a killed `new_dir` left in `folder`: temporary folders for `name...`.
+
+    Call it only where nobody else writes, under the claim of the run the folder belongs to.
+    """
+    if folder.is_dir():
+        for left in folder.glob(f".{name}*.tmp"):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+
+
 def _old_name(final: Path) -> Path:
     return final.parent / f".{final.name}.old"
 
@@ -219,7 +230,9 @@ def verify_checksums(folder: Path) -> None:
     file = folder / CHECKSUMS
     try:
         expected = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        if not isinstance(expected, dict):
+            raise ValueError("not a table of checksums")
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(
             "the checksums cannot be read", where=file, mend="take a complete copy of the folder"
         ) from error

@@ -45,8 +45,71 @@ def validate(
         raise BadInput(shown, where=where, key=dotted) from None
 
 
+MAX_YAML_BYTES = 1 << 18
+"""A study is a few kilobytes; PyYAML needs seconds for a megabyte."""
+MAX_YAML_NODES = 50_000
+"""Of the document with every alias written out, so that a few lines cannot stand for billions."""
+MAX_YAML_DEPTH = 64
+
+
 def load_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping as plain data. Only the safe tags; a duplicate key is an error."""
+    """A YAML mapping as plain data. Only the safe tags; a duplicate key is an error.
+
+    Raises BadInput also for a file over 256 KB, and for aliases that unfold without bound.
+    """
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_YAML_BYTES + 1).decode("utf-8")
+    except FileNotFoundError:
+        raise BadInput("there is no such file", where=path) from None
+    except (OSError, ValueError) as error:
+        raise BadInput(f"cannot be read as UTF-8 text ({error})", where=path) from None
+    if len(text) > MAX_YAML_BYTES:
+        raise BadInput(
+            f"is larger than {MAX_YAML_BYTES >> 10} KB",
+            where=path,
+            mend="give a study or a recipe; data is named in it by its path",
+        )
+    data = parse_yaml(text, where=path)
+    if not isinstance(data, dict):
+        raise BadInput(
+            f"must hold keys and values, got {type(data).__name__}",
+            where=path,
+            mend="start from a built-in one: `maquette cp quickstart my.yaml`",
+        )
+    return data
+
+
+def parse_yaml(text: str, *, where: object, key: str | None = None) -> Any:
+    """Plain data from YAML text. Raises BadInput that names `where` and `key` for anything else."""
+    import yaml
+
+    try:
+        loader = _strict_loader(where)(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _check_extent(node, where, key)
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
+    # What PyYAML's constructors raise for a scalar that does not fit its tag is of many kinds.
+    except (
+        *(yaml.YAMLError, RecursionError, ValueError, LookupError),
+        *(AttributeError, TypeError, ArithmeticError),
+    ) as error:
+        problem = (str(error) or type(error).__name__).replace("\n", " ")[:300]
+        raise BadInput(
+            f"is not valid YAML: {problem}",
+            where=where,
+            key=key,
+            mend="plain keys and values, without tags (`!...`)",
+        ) from None
+
+
+def _strict_loader(where: object) -> Any:
+    """PyYAML's safe loader, with an error for a key that stands twice or is no word."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -58,32 +121,54 @@ def load_yaml(path: Path) -> dict[str, Any]:
         for key_node, value_node in node.value:
             name = loader.construct_object(key_node, deep=True)
             if not isinstance(name, str | int | float):
-                raise BadInput(f"a key must be a word, got {name!r}", where=path)
+                raise BadInput(f"a key must be a word, got {name!r}", where=where)
             if name in seen:
                 line = key_node.start_mark.line + 1
-                raise BadInput(f"the key appears twice (line {line})", where=path, key=str(name))
+                raise BadInput(f"the key appears twice (line {line})", where=where, key=str(name))
             seen[name] = loader.construct_object(value_node, deep=True)
         return seen
 
     Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise BadInput("there is no such file", where=path) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot be read as UTF-8 text ({error})", where=path) from None
-    try:
-        data = yaml.load(text, Loader=Loader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        problem = str(error).replace("\n", " ")[:300]
-        raise BadInput(f"is not valid YAML: {problem}", where=path) from None
-    if not isinstance(data, dict):
-        raise BadInput(
-            f"must hold keys and values, got {type(data).__name__}",
-            where=path,
-            mend="start from a built-in one: `maquette cp quickstart my.yaml`",
+    return Loader
+
+
+def _check_extent(root: Any, where: object, key: str | None) -> None:
+    """Refuse a document that is too deep, or too large once its aliases are written out."""
+    extents: dict[int, tuple[int, int]] = {}
+
+    def too_deep() -> BadInput:
+        return BadInput(
+            f"is nested over {MAX_YAML_DEPTH} deep, or an alias stands inside what it names",
+            where=where,
+            key=key,
+            mend="write it flatter",
         )
-    return data
+
+    def extent(node: Any, depth: int) -> tuple[int, int]:
+        """Nodes and levels of the tree below, each shared node looked at once."""
+        if depth > MAX_YAML_DEPTH:
+            raise too_deep()
+        if id(node) not in extents:
+            inner = node.value
+            if isinstance(inner, str):
+                inner.encode()  # a ValueError: an escape may spell half a character
+                inner = []
+            parts = [n for entry in inner for n in (entry if isinstance(entry, tuple) else [entry])]
+            found = [extent(part, depth + 1) for part in parts]
+            levels = 1 + max((level for _, level in found), default=0)
+            extents[id(node)] = (1 + sum(n for n, _ in found), levels)
+        return extents[id(node)]
+
+    total, levels = extent(root, 0)
+    if levels > MAX_YAML_DEPTH:
+        raise too_deep()
+    if total > MAX_YAML_NODES:
+        raise BadInput(
+            f"stands for {total:.3g} values once its aliases are written out",
+            where=where,
+            key=key,
+            mend=f"at most {MAX_YAML_NODES:,}; use fewer aliases (`*name`)",
+        )
 
 
 def deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,15 +187,10 @@ def deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, An
 
 def set_dotted(data: dict[str, Any], assignment: str) -> dict[str, Any]:
     """Apply one `--set a.b.c=value`; the value is read as YAML. Returns a new mapping."""
-    import yaml
-
     path, sign, text = assignment.partition("=")
     if not sign or not path.strip():
         raise BadInput(f"`{assignment}` is not `key=value`", key="--set", mend="--set size=nano")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise BadInput(f"`{text}` is not a YAML value", key=f"--set {path}") from None
+    value = parse_yaml(text, where=None, key=f"--set {path}")
     names = path.strip().split(".")
     patched = dict(data)
     here = patched

@@ -13,7 +13,7 @@ import torch
 from maquette.data import corpus as corpus_module
 from maquette.data.corpus import Corpus, CorpusSpec, DedupSpec, TokenizerSpec, prepare
 from maquette.data.documents import documents
-from maquette.errors import BadInput
+from maquette.errors import BadInput, RunFailed
 from maquette.flow import Ctx
 from maquette.training.ledger import Ledger
 
@@ -138,7 +138,7 @@ def test_a_build_that_fails_leaves_nothing_behind(source, tmp_path, monkeypatch)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(corpus_module, "pack", broken)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(RunFailed, match="no room to write"):
         prepare(source, BYTES, cache=tmp_path / "cache")
     monkeypatch.undo()
     assert not list((tmp_path / "cache").glob("tokens-*/card.json"))

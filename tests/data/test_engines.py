@@ -13,10 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from maquette import cluster as clusters
+from maquette.cluster import QUIET, check_node
 from maquette.data import engines
-from maquette.data.engines import InProcess, daft, open_engine
-from maquette.data.engines.daft import QUIET, DaftEngine, Setup
-from maquette.data.engines.daft_process import check_node, in_order
+from maquette.data.engines import InProcess, open_engine
+from maquette.data.engines.daft import DaftEngine
+from maquette.data.engines.daft_process import in_order
 from maquette.data.engines.worker import run_group, unwrapped
 from maquette.data.table import DocumentWriter
 from maquette.errors import BadInput, RunFailed
@@ -42,7 +44,7 @@ def cluster():
     """Address of a Ray cluster of two cores on this machine."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")  # else Ray leaves a token in the home folder
-        patch.setattr(daft, "ANSWER_SECONDS", 120.0)  # a loaded machine is not what is tested
+        patch.setattr(clusters, "ANSWER_SECONDS", 120.0)  # a loaded machine is not what is tested
         process = subprocess.Popen(
             [sys.executable, "-c", CLUSTER],
             stdin=subprocess.PIPE,
@@ -258,7 +260,7 @@ def test_what_is_no_address_is_refused(address, tmp_path):
 @needs_daft
 @needs_ray
 def test_a_cluster_that_does_not_answer_is_given_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(daft, "ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(clusters, "ANSWER_SECONDS", 1.0)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -272,28 +274,28 @@ def test_a_cluster_that_does_not_answer_is_given_up(tmp_path, monkeypatch):
 
 
 def test_a_node_that_cannot_do_the_same_work_is_refused(tmp_path):
-    setup = Setup(tmp_path, "head:6379", 2)
-    check_node("10.0.0.7", "1.2.0", "0.6", True, ours=("1.2.0", "0.6"), setup=setup)
-    for facts, said in [
-        (("1.1.0", "0.6", True), "10.0.0.7 has Maquette 1.1.0, this machine has Maquette 1.2.0"),
-        (("", "0.6", True), "10.0.0.7 does not have Maquette"),
-        (("1.2.0", "0.7", True), "has Daft 0.7, this machine has Daft 0.6"),
-        (("1.2.0", "0.6", False), f"does not see the folder {tmp_path}"),
-    ]:
+    ours = {"maquette": "1.2.0", "daft": "0.6"}
+    given = {"ours": ours, "shared": tmp_path, "key": "--ray"}
+    check_node("10.0.0.7", ours, True, **given)
+    for theirs, sees, said in [
+        ({"maquette": "1.1.0", "daft": "0.6"}, True,
+         "10.0.0.7 has Maquette 1.1.0, this machine has Maquette 1.2.0"),
+        ({"maquette": "", "daft": "0.6"}, True, "10.0.0.7 does not have Maquette"),
+        ({"maquette": "1.2.0", "daft": "0.7"}, True, "has Daft 0.7, this machine has Daft 0.6"),
+        (ours, False, f"does not see the folder {tmp_path}"),
+    ]:  # fmt: skip
         with pytest.raises(BadInput, match=said):
-            check_node("10.0.0.7", *facts, ours=("1.2.0", "0.6"), setup=setup)
+            check_node("10.0.0.7", theirs, sees, **given)
 
 
 OTHER_VERSION = """
 import sys, maquette, pathlib
-from maquette.data.engines.daft import Setup
-from maquette.data.engines.daft_process import check_nodes, connect
+from maquette.cluster import check_nodes, join
 from maquette.errors import BadInput
 maquette.__version__ = "99.0.0"
-setup = Setup(pathlib.Path(sys.argv[1]), sys.argv[2], 2)
-connect(setup)
+join(sys.argv[2], "--ray", 2)
 try:
-    check_nodes(setup)
+    check_nodes(("maquette",), pathlib.Path(sys.argv[1]), "--ray")
 except BadInput as error:
     print(error)
 """

@@ -232,6 +232,7 @@ def test_the_step_restarts_exactly_when_due() -> None:
             ctx=SimpleNamespace(torch_rng=lambda *_: torch.Generator()),
             backward=backward,
             trainable=lambda: list(net.parameters()),
+            clip=lambda limit: float(nn.utils.clip_grad_norm_(net.parameters(), limit)),
         )
         part.step(run, [])  # type: ignore[arg-type]
         counts.append(int(optimizer.state[net[1].B]["step"]))

@@ -21,6 +21,7 @@ import pytest
 
 from maquette import atomic
 from maquette.errors import BadInput, RunFailed
+from maquette.study import alive
 from maquette.study.index import SCHEMA_VERSION
 from maquette.study.store import Store, default_home
 
@@ -309,22 +310,95 @@ def test_the_claim_of_a_dead_process_is_taken_over(store: Store) -> None:
     store.heartbeat(A)
 
 
-def test_a_claim_from_elsewhere_lives_by_its_heartbeat(tmp_path: Path) -> None:
-    store = Store(tmp_path, stale_after=100)
+class Clocks:
+    """The two clocks of a process, moved by hand."""
+
+    def __init__(self) -> None:
+        self.wall, self.steady = 1e9, 1e3
+
+    def time(self) -> float:
+        return self.wall
+
+    def monotonic(self) -> float:
+        return self.steady
+
+    def wait(self, seconds: float) -> None:
+        self.wall += seconds
+        self.steady += seconds
+
+
+@pytest.fixture
+def clocks(monkeypatch: pytest.MonkeyPatch) -> Clocks:
+    made = Clocks()
+    monkeypatch.setattr(alive, "time", made)
+    return made
+
+
+def from_elsewhere(store: Store, heartbeat: float) -> None:
+    """Make the claim on A one that another host holds and renewed at this time."""
+    with sqlite3.connect(store.index.path) as db:
+        db.execute("UPDATE claims SET place='other|boot|ns', heartbeat=?", (heartbeat,))
+    db.close()
+
+
+def claimed_elsewhere(home: Path) -> Store:
+    store = Store(home, stale_after=100)
     plan(store)
     assert store.claim(A, "there")
+    return store
 
-    def elsewhere(age: float) -> None:
-        with sqlite3.connect(store.index.path) as db:
-            db.execute("UPDATE claims SET place='other|boot|ns', heartbeat=?", (time.time() - age,))
-        db.close()
 
-    elsewhere(50)
-    assert not store.claim(A, "here")
+def test_a_claim_from_elsewhere_lives_by_its_heartbeat(tmp_path: Path, clocks: Clocks) -> None:
+    store = claimed_elsewhere(tmp_path)
+    for _ in range(10):
+        from_elsewhere(store, clocks.wall)
+        assert not store.claim(A, "here")
+        clocks.wait(30)
     with pytest.raises(RunFailed, match="`there` holds it"):
         store.heartbeat(A)
-    elsewhere(150)
+    assert not store.claim(A, "here")
+    clocks.wait(90)  # silent for 100 seconds, and watched for 90
     assert store.claim(A, "here")
+
+
+@pytest.mark.parametrize("hours", [-5, 5])
+def test_a_living_claim_is_not_stolen_when_the_clock_jumps(
+    tmp_path: Path, clocks: Clocks, hours: int
+) -> None:
+    store = claimed_elsewhere(tmp_path)
+    beat = clocks.wall
+    from_elsewhere(store, beat)
+    clocks.wall += 3600 * hours
+    for _ in range(20):  # its owner's clock did not jump
+        assert not store.claim(A, "here")
+        clocks.wait(25)
+        from_elsewhere(store, beat := beat + 25)
+
+
+@pytest.mark.parametrize("hours", [-5, 5])
+def test_a_dead_claim_does_not_stay_for_ever_when_the_clock_jumps(
+    tmp_path: Path, clocks: Clocks, hours: int
+) -> None:
+    store = claimed_elsewhere(tmp_path)
+    from_elsewhere(store, clocks.wall)
+    clocks.wall += 3600 * hours
+    assert not store.claim(A, "here")
+    clocks.wait(101)
+    assert store.claim(A, "here")
+
+
+def test_a_claim_of_this_machine_does_not_depend_on_the_clock(store: Store, clocks: Clocks) -> None:
+    plan(store)
+    child = python(CLAIM, store.home, A)
+    assert child.stdout and child.stdout.readline() == "1\n"
+    for jump in (-1e5, 1e6):
+        clocks.wall += jump
+        clocks.steady += 1e6
+        assert not store.claim(A, "me")
+    child.kill()
+    child.communicate()
+    clocks.wall -= 1e7
+    assert store.claim(A, "me")
 
 
 def test_a_reused_process_id_is_not_the_process_that_died(store: Store) -> None:
@@ -455,7 +529,7 @@ def test_a_damaged_index_is_reported_with_its_mend(store: Store) -> None:
     store.index.path.write_bytes(data)
     with pytest.raises(BadInput, match="damaged") as caught:
         Store(store.home)
-    assert "rebuilds" in str(caught.value)
+    assert "maquette store repair" in str(caught.value)
     store.index.path.write_bytes(b"this is no database at all" * 100)
     with pytest.raises(BadInput, match="damaged"):
         Store(store.home)

@@ -1,15 +1,20 @@
 """Checkpoints: a round trip of any tree, damage found, the last two kept."""
 
+import errno
 import json
 import logging
+import os
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from torch import nn
 
-from maquette.errors import RunFailed
+from maquette import atomic
+from maquette.errors import BadInput, RunFailed
 from maquette.training import checkpoint
 from maquette.training.trees import flatten, unflatten
 
@@ -140,13 +145,73 @@ def test_a_missing_file_is_damage_too(tmp_path, caplog):
     assert "damaged" in caplog.text
 
 
-def test_when_all_are_damaged_the_run_fails_and_says_how_to_start_again(tmp_path):
+def test_when_all_are_damaged_the_run_starts_again_and_its_record_says_so(tmp_path, caplog):
     save_some(tmp_path)
     damage(tmp_path, 2)
     damage(tmp_path, 3)
-    with pytest.raises(RunFailed, match="every checkpoint") as caught:
-        checkpoint.newest(tmp_path)
-    assert str(tmp_path) in caught.value.mend
+    assert checkpoint.newest(tmp_path) is None
+    assert "starting again" in caplog.text
+    assert "step 2, 3" in checkpoint.damage(tmp_path)["damaged-checkpoint"]
+    assert checkpoint.steps(tmp_path) == []
+
+
+def test_a_damaged_one_does_not_count_as_one_of_the_last_two(tmp_path):
+    save_some(tmp_path)
+    damage(tmp_path, 3)
+    assert checkpoint.newest(tmp_path).step == 2
+    save_some(tmp_path, steps=(4,))
+    assert checkpoint.steps(tmp_path) == [2, 4]
+    assert "step 3" in checkpoint.damage(tmp_path)["damaged-checkpoint"]
+
+
+def test_sound_checkpoints_leave_no_warning(tmp_path):
+    save_some(tmp_path)
+    assert checkpoint.newest(tmp_path).step == 3
+    assert checkpoint.damage(tmp_path) == {}
+
+
+@pytest.mark.parametrize("text", ["[]", "5", "{half", "[" * 100_000])
+def test_checksums_or_a_clock_of_another_shape_are_damage(tmp_path, text):
+    save_some(tmp_path, steps=(1, 2, 3))
+    (tmp_path / checkpoint.name_of(3) / "SHA256SUMS.json").write_text(text)
+    clock = tmp_path / checkpoint.name_of(2) / "clock.json"
+    clock.write_text(text)
+    atomic.write_checksums(clock.parent)
+    assert checkpoint.newest(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "tree",
+    ['{"__tensor__": "gone"}', '{"__map__": 3}', '{"__map__": [[[], 1]]}', '{"a": 1}', "["],
+)
+def test_a_hostile_tree_is_bad_input(tmp_path, tree):
+    checkpoint.save_tree(tmp_path, "optimizer", {"a": torch.ones(2)})
+    (tmp_path / "optimizer.json").write_text(tree)
+    with pytest.raises(BadInput, match="`optimizer` cannot be read"):
+        checkpoint.load_tree(tmp_path, "optimizer")
+
+
+def test_pickles_in_the_place_of_weights_are_never_unpickled(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    checkpoint.save_tree(tmp_path, "optimizer", {"a": torch.ones(2)})
+    torch.save({"a": Bomb()}, tmp_path / "optimizer.safetensors")
+    with pytest.raises(BadInput, match="cannot be read"):
+        checkpoint.load_tree(tmp_path, "optimizer")
+    (tmp_path / "optimizer.safetensors").unlink()
+    torch.save({"a": Bomb()}, tmp_path / "optimizer.pt")
+    with pytest.raises(BadInput, match="cannot be read"):
+        checkpoint.load_tree(tmp_path, "optimizer")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_what_safetensors_says_of_the_disk_is_explained(tmp_path, number):
+    # Its errors are no OSErrors, and name the number in their text.
+    with pytest.raises(RunFailed, match=os.strerror(number)), checkpoint.storing(tmp_path / "x"):
+        raise SafetensorError(f"I/O error: something (os error {number})")
 
 
 def test_without_any_there_is_nothing_to_go_on_from(tmp_path):

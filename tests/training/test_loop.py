@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -148,18 +147,19 @@ def test_a_damaged_newest_checkpoint_costs_a_step_and_no_bits(world, home, caplo
     with caplog.at_level(logging.WARNING):
         digest = execute(parse_recipe(data), 0, store, OPTIONS)
     assert "damaged" in caplog.text
+    assert "step 5" in store.run(digest).metrics["warnings"]["damaged-checkpoint"]
     assert Run(digest, parse_recipe(data), store, 0).weights() == world.train(data).weights()
 
 
-def test_when_every_checkpoint_is_damaged_the_run_fails_with_a_mend(world, home):
+def test_when_every_checkpoint_is_damaged_the_run_starts_again_and_says_so(world, home):
     data = recipe(world)
     store, folder = stopped(world, data, home, 4)
     for step in checkpoint.steps(folder / "state"):
         (folder / "state" / checkpoint.name_of(step) / "clock.json").write_text("{")
-    with pytest.raises(RunFailed, match="every checkpoint"):
-        execute(parse_recipe(data), 0, store, OPTIONS)
-    shutil.rmtree(folder / "state")
-    execute(parse_recipe(data), 0, store, OPTIONS)
+    digest = execute(parse_recipe(data), 0, store, OPTIONS)
+    assert "damaged-checkpoint" in store.run(digest).metrics["warnings"]
+    assert Run(digest, parse_recipe(data), store, 0).weights() == world.train(data).weights()
+    assert not list((folder / "state").glob("*step-*"))
 
 
 def test_checkpoints_are_gone_when_the_run_is_done(world):

@@ -16,6 +16,7 @@ from maquette.errors import BadInput
 
 if TYPE_CHECKING:
     from maquette.study.execute import Options
+    from maquette.study.pool import Place
     from maquette.study.store import Store
 
 app = App(
@@ -80,7 +81,10 @@ class Common:
 Sets = Annotated[
     list[str], Parameter(name="--set", negative=(), help="Override one key: size=nano.")
 ]
-On = Annotated[str, Parameter(name="--on", help="Where the runs go: local, or local:N processes.")]
+On = Annotated[
+    str,
+    Parameter(name="--on", help="Where the runs go: local, local:N processes, or ray://HOST:PORT."),
+]
 
 
 def say(common: Common, document: Any, text: str | None = None) -> None:
@@ -91,14 +95,23 @@ def say(common: Common, document: Any, text: str | None = None) -> None:
         print(text)
 
 
-def workers_at(on: str, options: Options) -> int:
-    """Processes that share out runs; one where the ranks of a launch share each of them."""
-    place, _, count = on.partition(":")
-    if place != "local" or (count and not count.isdigit()):
-        raise BadInput(f"`{on}` is not a place to run", key="--on", mend="local, or local:2")
-    if count:
-        return int(count)
-    return _default_workers() if options.team.alone else 1
+def place_of(on: str, options: Options) -> Place:
+    """Where runs go; one process where the ranks of a launch share each of them."""
+    from maquette.cluster import check_address
+    from maquette.study.pool import Place
+
+    kind, _, rest = on.partition(":")
+    if kind == "ray" and rest:
+        address = rest.removeprefix("//")
+        check_address(address, "--on")
+        return Place(ray=address)
+    if kind != "local" or (rest and not rest.isdigit()):
+        raise BadInput(
+            f"`{on}` is not a place to run", key="--on", mend="local, local:2, or ray://HOST:6379"
+        )
+    if rest:
+        return Place(int(rest))
+    return Place(_default_workers() if options.team.alone else 1)
 
 
 def _default_workers() -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from maquette.cli.base import Common, On, Sets, app, say, workers_at
+from maquette.cli.base import Common, On, Sets, app, place_of, say
 from maquette.errors import BadInput
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def forecast_from_study(
     with console.StudyProgress(runs, quiet=common.as_json) as bars:
         found = forecast_study(
             replace(asked, ladder=ladder), ladder, store, options,
-            metric=metric, draws=draws, level=level, workers=workers_at(on, options),
+            metric=metric, draws=draws, level=level, place=place_of(on, options),
             on_progress=bars.step, on_done=bars.ended,
         )  # fmt: skip
     budgets = [str(rule) for rule in ladder.rules]

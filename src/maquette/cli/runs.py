@@ -61,7 +61,7 @@ def run(
         The arm, when the file is a study.
     """
     from maquette import console
-    from maquette.study.pool import Task, run_tasks
+    from maquette.study.pool import HERE, Task, run_tasks
 
     recipes, _ = load_recipes(recipe, sets or [])
     if arm is None and len(recipes) > 1:
@@ -73,7 +73,7 @@ def run(
     with console.StudyProgress(1, quiet=common.quiet(options)) as progress:
         [done] = run_tasks(
             [Task(arm or "run", common.seed, chosen)],
-            store, options, 1, progress.step, progress.ended,
+            store, options, HERE, progress.step, progress.ended,
         )  # fmt: skip
     options.team.lead(lambda: _finish_run(done, store, common))
 

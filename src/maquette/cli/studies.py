@@ -6,7 +6,7 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from maquette.cli.base import Common, On, Sets, app, load_recipes, one_of, say, workers_at
+from maquette.cli.base import Common, On, Sets, app, load_recipes, one_of, place_of, say
 from maquette.errors import BadInput
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def compare(
     runs, quiet = len(asked.arms) * len(asked.seeds), common.quiet(options)
     with console.StudyProgress(runs, quiet=quiet) as bars:
         result = run_compare(
-            asked, store, options, workers=workers_at(on, options),
+            asked, store, options, place=place_of(on, options),
             on_progress=bars.step, on_done=bars.ended,
         )  # fmt: skip
     if options.team.is_lead:
@@ -101,7 +101,7 @@ def noise(
     with console.StudyProgress(2 * seeds, quiet=common.quiet(options)) as bars:
         found = measure_noise(
             recipe, store, options, metric=metric, seeds=seeds,
-            first_seed=common.seed, workers=workers_at(on, options),
+            first_seed=common.seed, place=place_of(on, options),
             on_progress=bars.step, on_done=bars.ended,
         )  # fmt: skip
     if not options.team.is_lead:
@@ -145,7 +145,7 @@ def resume(*, on: On = "local", common: Common = Common()) -> None:
         runs, quiet = len(asked.arms) * len(asked.seeds), common.quiet(options)
         with console.StudyProgress(runs, quiet=quiet) as bars:
             result = run_compare(
-                asked, store, options, workers=workers_at(on, options),
+                asked, store, options, place=place_of(on, options),
                 on_progress=bars.step, on_done=bars.ended,
             )  # fmt: skip
         answers[record.name] = [verdict.sentence for verdict in result.verdicts.values()]

@@ -40,8 +40,16 @@ app.command(store_app)
 
 @store_app.command
 def repair(*, common: Common = Common()) -> None:
-    """Rebuild the store's index from its run folders."""
-    from maquette.study.store import Store
+    """Rebuild the store's index from its run folders, and plan damaged runs again."""
+    from maquette.study.repair import repair as run_repair
 
-    found = Store(common.home, check=False).rebuild_index()
-    say(common, {"runs": found}, f"rebuilt the index from {found} run folders")
+    done = run_repair(common.home)
+    lines = [f"rebuilt the index from {done.runs} run folders"]
+    if done.aside:
+        lines.append(f"the damaged index is kept as {done.aside}")
+    lines += [f"{d[:12]} will be computed again: {why}" for d, why in done.broken.items()]
+    say(
+        common,
+        {"runs": done.runs, "aside": done.aside and str(done.aside), "broken": done.broken},
+        "\n".join(lines),
+    )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from maquette import atomic
 from maquette.errors import BadInput
 
 DONE = "card.json"
@@ -52,7 +55,8 @@ def built_once(cache: Path, name: str, build: Callable[[Path], dict[str, Any]]) 
         temporary = cache / f"{name}.tmp-{uuid.uuid4().hex}"
         temporary.mkdir()
         try:
-            card = build(temporary)
+            with _room(cache):
+                card = build(temporary)
             (temporary / DONE).write_text(json.dumps(card, indent=1, default=str))
             _sync(temporary)
             temporary.rename(final)
@@ -63,6 +67,18 @@ def built_once(cache: Path, name: str, build: Callable[[Path], dict[str, Any]]) 
     finally:
         lock.release()
     return final
+
+
+@contextlib.contextmanager
+def _room(cache: Path) -> Iterator[None]:
+    """Explain a disk that is full or broken; other errors are the builder's own."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in {*atomic.FULL, errno.EIO}:
+            raise
+        with atomic.explained(cache):
+            raise
 
 
 def read_card(folder: Path) -> dict[str, Any]:

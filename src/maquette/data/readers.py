@@ -84,9 +84,10 @@ class CorpusSpec(BaseModel):
 def parse_size(text: str) -> int:
     """Bytes of a size such as `64MB` or `1.5 GiB`; raises ValueError for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if not match or match[2].upper() not in _UNITS or float(match[1]) == 0:
-        raise ValueError(f"`{text}` is not a size (write 64MB, 1.5GB or 512KiB)")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    n_bytes = float(match[1]) * _UNITS.get(match[2].upper(), 0) if match else 0.0
+    if not 0 < n_bytes < float("inf"):
+        raise ValueError(f"`{text[:80]}` is not a size (write 64MB, 1.5GB or 512KiB)")
+    return int(n_bytes)
 
 
 @dataclass(frozen=True)
@@ -451,11 +452,12 @@ def _parquet(spec: CorpusSpec, file: File, report: ReadReport) -> Iterator[Raw]:
                 for record in batch.to_pylist():
                     yield from_record(spec, record, f"{file.name}:{n}", file, report)
                     n += 1
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         if isinstance(error, PermissionError):
             raise
+        why = (str(error) or repr(error)).splitlines()[0]
         raise BadInput(
-            f"the Parquet file is truncated or damaged ({str(error).splitlines()[0]})",
+            f"the Parquet file is truncated or damaged ({why})",
             where=file.path,
             mend="copy or download the file again",
         ) from error

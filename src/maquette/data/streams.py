@@ -77,7 +77,8 @@ def chunks(path: Path, max_expansion: int) -> Iterator[bytes]:
     with pa.OSFile(str(path), "rb") as raw, pa.CompressedInputStream(raw, codec) as stream:
         while True:
             try:
-                chunk = stream.read(CHUNK)
+                # Not `read`: pyarrow never frees the buffer of one that fails.
+                chunk = stream.read_buffer(CHUNK).to_pybytes()
             except OSError as error:
                 raise BadInput(
                     f"the {codec} stream is truncated or damaged after {done} bytes ({error})",
@@ -140,7 +141,8 @@ def _pieces(block: bytes, max_bytes: int) -> Iterator[bytes]:
         cut = cut or block.rfind(b" ", start, start + max_bytes)
         if cut <= start:
             cut = start + max_bytes
-            while cut > start + 1 and block[cut] & 0xC0 == 0x80:
+            # A character has at most three bytes behind its first; more are no UTF-8 at all.
+            while cut > max(start + 1, start + max_bytes - 3) and block[cut] & 0xC0 == 0x80:
                 cut -= 1
         yield block[start:cut]
         start = cut

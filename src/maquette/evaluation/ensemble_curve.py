@@ -40,6 +40,7 @@ from maquette.evaluation.law_bootstrap import Range, bootstrap
 from maquette.evaluation.scaling import NoLaw, check_points, fit_law
 from maquette.parts import Audit, Card, Ctx, Needs, Subject, register
 from maquette.training.ensemble import LogitMean, check_members, soup
+from maquette.training.pretrained import from_pretrained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -271,7 +272,7 @@ def _load(folder: str, tokenizer: str) -> PreTrainedModel:
             mend="members of one tokenizer",
         )
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return from_pretrained(AutoModelForCausalLM, folder, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise BadInput(
             f"`{folder}` cannot be loaded ({str(error).splitlines()[0]})",

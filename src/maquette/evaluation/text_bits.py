@@ -132,8 +132,10 @@ def model_folder(path: str, ctx: Ctx | None = None) -> FrozenModel:
 def _causal(folder: Path, device: Any) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
+    from maquette.training.pretrained import from_pretrained
+
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+        model = from_pretrained(AutoModelForCausalLM, folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise BadInput(
             f"cannot be loaded as a causal model ({str(error).splitlines()[0]})", where=folder

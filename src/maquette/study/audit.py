@@ -15,6 +15,7 @@ from maquette.errors import BadInput
 from maquette.evaluation.items import checked
 from maquette.parts import Audit, Ctx, Subject
 from maquette.training.ledger import Ledger
+from maquette.training.pretrained import config_of, from_pretrained
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -73,18 +74,17 @@ def load_any(name: str) -> tuple[PreTrainedModel, str]:
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
+        architecture: Any = (config_of(name).architectures or [""])[0]
+        for ending, (auto, workload) in _HEADS.items():
+            if architecture.endswith(ending):
+                model = from_pretrained(getattr(transformers, auto), name, dtype=torch.float32)
+                return model, workload
     except (OSError, ValueError) as error:
         raise BadInput(
-            f"no model can be loaded ({str(error).splitlines()[0]})",
+            f"no model can be loaded ({(str(error) or repr(error)).splitlines()[0]})",
             where=name,
-            mend="a folder written by save_pretrained",
+            mend="a folder written by save_pretrained, with its weights as safetensors",
         ) from None
-    architecture: Any = (config.architectures or [""])[0]
-    for ending, (auto, workload) in _HEADS.items():
-        if architecture.endswith(ending):
-            model = getattr(transformers, auto).from_pretrained(name, dtype=torch.float32)
-            return model, workload
     raise BadInput(
         f"a `{architecture}` has no head that audits know",
         where=name,

@@ -18,7 +18,7 @@ import maquette
 from maquette.recipe import Recipe
 from maquette.study import report as reporting
 from maquette.study.execute import Options, make_ctx, pick_device
-from maquette.study.pool import Task, TaskDone, run_tasks
+from maquette.study.pool import HERE, Place, Task, TaskDone, run_tasks
 from maquette.study.records import RunRecord
 from maquette.study.statistics import MIN_SEEDS, Paired, paired
 from maquette.study.store import Store
@@ -74,13 +74,13 @@ def compare(
     store: Store,
     options: Options = Options(),  # noqa: B008 - frozen
     *,
-    workers: int = 1,
+    place: Place = HERE,
     on_progress: Callable[[Task, Progress], None] = lambda task, progress: None,
     on_done: Callable[[TaskDone], None] = lambda done: None,
 ) -> Comparison:
     """Run what the store does not hold yet, judge every arm against the baseline, report.
 
-    workers: processes that share the (arm, seed) pairs; the ranks of `options.team` share every
+    place: what the (arm, seed) pairs are shared out to; the ranks of `options.team` share every
     run instead, and all get the answer. A run that fails marks its arm and seed; the study
     finishes with the others.
     """
@@ -94,14 +94,14 @@ def compare(
         store.save_study(study.digest, text, "running", name=study.name)
 
     team.lead(begin)
-    tuned = _tune(study, store, options, workers, on_progress, on_done)
+    tuned = _tune(study, store, options, place, on_progress, on_done)
     chosen = {name: arm.recipe for name, arm in tuned.items()}
     final = replace(study, arms={**study.arms, **chosen}, registered=study.digest)
     # Seed by seed, so that a study that is stopped early has whole pairs.
     tasks = [
         Task(arm, seed, final.arms[arm], final.digest) for seed in final.seeds for arm in final.arms
     ]
-    outcomes = run_tasks(tasks, store, options, workers, on_progress, on_done)
+    outcomes = run_tasks(tasks, store, options, place, on_progress, on_done)
 
     def conclude() -> Comparison:
         found = _conclude(final, store, outcomes, tuned)
@@ -137,7 +137,7 @@ def _tune(
     study: Study,
     store: Store,
     options: Options,
-    workers: int,
+    place: Place,
     on_progress: Callable[[Task, Progress], None],
     on_done: Callable[[TaskDone], None],
 ) -> dict[str, Tuned]:
@@ -154,7 +154,7 @@ def _tune(
             recipes: Sequence[Recipe], arm: str = arm, records: list[RunRecord] = records
         ) -> list[float]:
             tasks = [Task(f"{arm} (trial)", tuning.seed, r, part=DEV) for r in recipes]
-            ended = run_tasks(tasks, store, options, workers, on_progress, on_done)
+            ended = run_tasks(tasks, store, options, place, on_progress, on_done)
             tried = options.team.lead(
                 lambda: [store.run(done.digest) if done.digest else None for done in ended]
             )

@@ -245,9 +245,23 @@ def _check_shared(folder: Path, team: Team) -> None:
 
 
 def _forget_unbilled(folder: Path) -> None:
-    """Fit surgery again if the run ended before a checkpoint that holds what the fit cost."""
-    if not checkpoint.steps(folder / "state"):
-        for place in (folder / "state").glob("surgery-*"):
+    """Fit surgery again if the run ended before a checkpoint that holds what the fit cost.
+
+    So it is, too, where what the surgery learnt is damaged: no checkpoint is of use without it.
+    What a kill left half written goes first.
+    """
+    state = folder / "state"
+    atomic.sweep(state)
+    atomic.sweep(folder, "model.")
+    fitted = sorted(state.glob("surgery-*"))
+    for place in fitted:
+        try:
+            atomic.verify_checksums(place)
+        except MaquetteError as error:
+            log.warning("what a surgery learnt is damaged (%s); starting again", error)
+            checkpoint.put_all_aside(state)
+    if fitted and checkpoint.newest(state) is None:
+        for place in fitted:
             shutil.rmtree(place)
 
 

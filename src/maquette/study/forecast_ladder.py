@@ -17,7 +17,7 @@ from maquette.study.compare import prepare_corpora
 from maquette.study.execute import Options, pick_device
 from maquette.study.forecast import Forecast, Points, forecast_points
 from maquette.study.ladder import Ladder, Rule, anchor, check_arms, on_rung
-from maquette.study.pool import Task, TaskDone, run_tasks
+from maquette.study.pool import HERE, Place, Task, TaskDone, run_tasks
 from maquette.study.ranks import RankTransfer, rank_transfer
 from maquette.study.statistics import MIN_SEEDS
 from maquette.study.store import Store
@@ -61,7 +61,7 @@ def forecast_study(
     metric: str | None = None,
     draws: int = DRAWS,
     level: float = LEVEL,
-    workers: int = 1,
+    place: Place = HERE,
     on_progress: Callable[[Task, Progress], None] = lambda task, progress: None,
     on_done: Callable[[TaskDone], None] = lambda done: None,
 ) -> StudyForecast:
@@ -97,7 +97,7 @@ def forecast_study(
         on_rung(arm, SIZES[s], ladder.rules[0]) for s in ladder.sizes for arm in study.arms.values()
     ]
     prepare_corpora(first, store, pick_device(options.device))
-    ended = run_tasks([*tasks.values()], store, options, workers, on_progress, on_done)
+    ended = run_tasks([*tasks.values()], store, options, place, on_progress, on_done)
     runs = [
         _run(key, done, study.metric.name, store)
         for key, done in zip(tasks, ended, strict=True)

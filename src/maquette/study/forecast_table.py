@@ -93,7 +93,7 @@ def _number(row: Mapping[str, Any], column: str, path: Path, place: str) -> floa
         if isinstance(given, bool):
             raise ValueError
         value = float(given)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise BadInput(
             f"`{given}` in {place} is not a number", where=path, key=column, mend=mend
         ) from None
@@ -171,7 +171,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
     try:
         rows = pq.read_table(path).to_pylist()
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, ValueError, OverflowError) as error:
         raise BadInput(f"is not a Parquet file ({error})", where=path) from None
     for number, row in enumerate(rows, start=1):
         yield f"row {number}", row

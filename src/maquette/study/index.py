@@ -81,8 +81,47 @@ class Index:
                     raise self._damaged(found)
         if version == 0:
             if self.read_only:
-                raise BadInput("the store has no tables", where=self.path, mend="name another")
+                raise BadInput(
+                    "the store has no tables",
+                    where=self.path,
+                    mend=f"`maquette store repair --home {self.home}` fills it from the folders",
+                )
             self._create()
+
+    def is_damaged(self) -> bool:
+        """Whether SQLite's full check finds a fault; a newer format is an error of its own."""
+        try:
+            self.prepare(check=True)
+            with self.connection(write=False) as db:
+                found = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
+                for table in ("studies", "runs", "study_runs", "claims"):
+                    db.execute(f"SELECT * FROM {table} LIMIT 1")
+                return bool(found != "ok")
+        except BadInput as error:
+            if isinstance(error.__cause__, sqlite3.DatabaseError) or "damaged" in error.what:
+                return True
+            raise
+        except RunFailed as error:
+            if "no such table" in error.what or "no such column" in error.what:
+                return True
+            raise
+
+    def set_aside(self) -> Path:
+        """Rename the index and the files beside it out of the way; returns the new name.
+
+        Nothing is deleted: what a rebuilt index misses can still be looked for in the old one.
+        """
+        number = 1
+        while (aside := self.path.with_name(f"{NAME}.damaged-{number}")).exists():
+            number += 1
+        with atomic.explained(self.path):
+            # The log first: a fresh index must never find the log of the old one.
+            for ending in ("-wal", "-shm", ""):
+                file = self.path.with_name(NAME + ending)
+                if file.exists():
+                    file.rename(aside.with_name(aside.name + ending))
+            atomic.fsync_dir(self.home)
+        return aside
 
     def _create(self) -> None:
         self._write_ahead()
@@ -164,8 +203,8 @@ class Index:
         return BadInput(
             f"the index is damaged ({detail})",
             where=self.path,
-            mend=f"delete {self.path} and the -wal and -shm files beside it; the next command "
-            "rebuilds the index from the run folders",
+            mend=f"`maquette store repair --home {self.home}` moves it aside and rebuilds it from "
+            "the run folders",
         )
 
     def _read_only_error(self) -> BadInput:

@@ -102,7 +102,7 @@ def _start(stage: Stage, corpus: Corpus, ctx: Ctx, parents: Sequence[Path]) -> P
 
 
 def save_state(folder: Path, state: State) -> None:
-    with atomic.new_dir(folder) as place:
+    with atomic.new_dir(folder) as place, checkpoint.storing(folder):
         checkpoint.save_tree(place, "state", {"tensors": dict(state.tensors), "meta": state.meta})
         atomic.write_checksums(place)
 
@@ -111,6 +111,8 @@ def load_state(folder: Path) -> State:
     atomic.recover_dir(folder)
     atomic.verify_checksums(folder)
     tree = checkpoint.load_tree(folder, "state")
+    if not isinstance(tree, dict) or not {"tensors", "meta"} <= set(tree):
+        raise BadInput("is no state of a surgery", where=folder, mend="run it again")
     return State(tree["tensors"], tree["meta"])
 
 
@@ -119,7 +121,7 @@ def save_final(
 ) -> None:
     """Write the raw weights and the plain Hugging Face directory; checkpoints are then removed."""
     state = folder / "state"
-    with atomic.new_dir(state / "final") as place, atomic.explained(place):
+    with atomic.new_dir(state / "final") as place, checkpoint.storing(place):
         save_model(model, str(place / "model.safetensors"))
         save_model(extra, str(place / "extra.safetensors"))
         atomic.write_checksums(place)
@@ -127,11 +129,12 @@ def save_final(
     for surgery in reversed(stage.surgery):
         merged = surgery.merge(merged) if merged is not None else None
     if merged is not None:
-        with atomic.new_dir(folder / "model") as place, atomic.explained(place):
+        with atomic.new_dir(folder / "model") as place, checkpoint.storing(place):
             merged.save_pretrained(place)
             ctx.tokenizer.save_pretrained(place)  # type: ignore[union-attr]
-    for step in checkpoint.steps(state):
-        shutil.rmtree(state / checkpoint.name_of(step), ignore_errors=True)
+    for pattern in ("step-*", f"{checkpoint.DAMAGED}*"):
+        for done in state.glob(pattern):
+            shutil.rmtree(done, ignore_errors=True)
 
 
 def load_subject(trained: Trained) -> Subject:

@@ -10,7 +10,7 @@ import numpy as np
 from maquette.errors import BadInput, RunFailed
 from maquette.recipe import Recipe
 from maquette.study.execute import Options
-from maquette.study.pool import Task, TaskDone, run_tasks
+from maquette.study.pool import HERE, Place, Task, TaskDone, run_tasks
 from maquette.study.statistics import MIN_SEEDS, paired, power, seeds_needed
 from maquette.study.store import Store
 from maquette.study.verdict import Verdict, judge, resolve_smallest_effect
@@ -53,7 +53,7 @@ def measure_noise(
     metric: str | None = None,
     seeds: int = 5,
     first_seed: int = 0,
-    workers: int = 1,
+    place: Place = HERE,
     smallest_effect: float | str = "1%",
     on_progress: Callable[[Task, Progress], None] = lambda task, progress: None,
     on_done: Callable[[TaskDone], None] = lambda done: None,
@@ -75,7 +75,7 @@ def measure_noise(
         )
     everyone = range(first_seed, first_seed + 2 * seeds)
     tasks = [Task("noise", seed, recipe) for seed in everyone]
-    ended = run_tasks(tasks, store, options, workers, on_progress, on_done)
+    ended = run_tasks(tasks, store, options, place, on_progress, on_done)
     if broken := [done for done in ended if done.digest is None]:
         raise RunFailed(f"{len(broken)} of {len(ended)} runs failed: {broken[0].failure}")
     digests = [done.digest for done in ended if done.digest]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from maquette.errors import BadInput, MaquetteError, RunFailed
+from maquette.errors import BadInput, RunFailed
 from maquette.recipe import Recipe, parse_recipe
 from maquette.study.execute import HELD_OUT, Options, execute
 from maquette.study.store import Store
@@ -40,6 +40,20 @@ class TaskDone:
     failure: str | None = None
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where runs go: to processes of this machine, or to the nodes of a Ray cluster.
+
+    workers: processes here. ray: the cluster's address (see `maquette.cluster`), or None.
+    """
+
+    workers: int = 1
+    ray: str | None = None
+
+
+HERE = Place()
+"""This process."""
+
 OnProgress = Callable[[Task, Progress], None]
 OnDone = Callable[[TaskDone], None]
 
@@ -48,11 +62,16 @@ def run_tasks(
     tasks: Sequence[Task],
     store: Store,
     options: Options,
-    workers: int,
+    place: Place,
     on_progress: OnProgress,
     on_done: OnDone,
 ) -> list[TaskDone]:
     """Run all tasks; a RunFailed ends its task only, a BadInput ends them all."""
+    workers = place.workers
+    if place.ray is not None:
+        from maquette.study.ray_pool import run_on_cluster
+
+        return run_on_cluster(tasks, store, options, place.ray, on_progress, on_done)
     if workers < 1:
         raise BadInput(f"workers must be >= 1, got {workers}", key="--on", mend="--on local:2")
     if workers > 1 and not options.team.alone:
@@ -104,29 +123,18 @@ def _run_spread(
     with ProcessPoolExecutor(
         workers, context, initializer=_start_worker, initargs=(threads, told)
     ) as pool:
-        jobs: dict[Future[tuple[str | None, str | None]], int] = {
-            pool.submit(
-                _work,
-                i,
-                task.recipe.spec(),
-                task.seed,
-                str(store.home),
-                replace(options, threads=threads),
-                task.arm,
-                task.study,
-                task.part,
-            ): i
-            for i, task in enumerate(tasks)
+        jobs: dict[Future[Answer], int] = {
+            pool.submit(_work, job): job.index
+            for job in jobs_of(tasks, store, replace(options, threads=threads))
         }
         waiting = set(jobs)
         ended: dict[int, TaskDone] = {}
         while waiting:
             finished, waiting = wait(waiting, timeout=0.2)
             _tell(told, tasks, on_progress)
-            for job in finished:
-                digest, failure = job.result()
-                done = TaskDone(tasks[jobs[job]], digest, failure)
-                ended[jobs[job]] = done
+            for future in finished:
+                done = TaskDone(tasks[jobs[future]], *future.result())
+                ended[jobs[future]] = done
                 on_done(done)
     yield from (ended[i] for i in range(len(tasks)))
 
@@ -165,34 +173,62 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _work(
-    index: int,
-    spec: dict[str, Any],
-    seed: int,
-    home: str,
-    options: Options,
-    arm: str,
-    study: str | None,
-    part: str,
-) -> tuple[str | None, str | None]:
+def _work(job: Job) -> Answer:
+    return run_job(job, lambda progress: _told.put((job.index, progress)))
+
+
+# --- a run that travels --------------------------------------------------------------------------
+
+Answer = tuple[str | None, str | None]
+"""(digest, None), or (None, why the run failed)."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A task as another process is given it. index: its place among the tasks."""
+
+    index: int
+    spec: dict[str, Any]
+    seed: int
+    home: str
+    options: Options
+    arm: str
+    study: str | None
+    part: str
+
+
+def jobs_of(tasks: Sequence[Task], store: Store, options: Options) -> list[Job]:
+    home = str(store.home.absolute())
+    return [
+        Job(i, task.recipe.spec(), task.seed, home, options, task.arm, task.study, task.part)
+        for i, task in enumerate(tasks)
+    ]
+
+
+def run_job(job: Job, tell: Callable[[Progress], None]) -> Answer:
+    """Run a job in this process. tell: called once for every percent, since it may be slow."""
     last_told = -1
 
-    def tell(stage: str, progress: Progress) -> None:
+    def on_step(stage: str, progress: Progress) -> None:
         nonlocal last_told
-        # A message for every percent: each costs a round trip through the manager process.
         percent = 100 * progress.step // progress.steps
         if percent > last_told:
             last_told = percent
-            _told.put((index, progress))
+            tell(progress)
 
-    store = Store(Path(home), check=False)
+    store = Store(Path(job.home), check=False)
     try:
-        recipe = parse_recipe(spec)
+        recipe = parse_recipe(job.spec)
         digest = execute(
-            recipe, seed, store, options, arm=arm, study=study, part=part, on_step=tell
+            recipe,
+            job.seed,
+            store,
+            job.options,
+            arm=job.arm,
+            study=job.study,
+            part=job.part,
+            on_step=on_step,
         )
         return digest, None
     except RunFailed as error:
         return None, str(error)
-    except MaquetteError:
-        raise

@@ -6,7 +6,7 @@ import json
 import sqlite3
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Status = Literal["planned", "running", "done", "failed"]
 
@@ -62,15 +62,37 @@ def study_record(db: sqlite3.Connection, row: sqlite3.Row) -> StudyRecord:
 def read_run(file: Path) -> RunRecord | None:
     try:
         record = RunRecord(**json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        sound = _is_sound(record)
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
-    return record if record.digest == file.parent.name else None
+    return record if sound and record.digest == file.parent.name else None
+
+
+def _is_sound(run: RunRecord) -> bool:
+    """Whether every field is of its type; raises ValueError for what the index cannot hold."""
+    tables = (run.machine, run.ledger, run.metrics)
+    for table in tables:
+        dump(table)
+    times = (run.started, run.finished)
+    return (
+        isinstance(run.arm, str)
+        and isinstance(run.seed, int)
+        and run.status in get_args(Status)
+        and (run.reason is None or isinstance(run.reason, str))
+        and all(t is None or isinstance(t, int | float) for t in times)
+        and all(isinstance(table, dict) for table in tables)
+    )
 
 
 def read_study(file: Path) -> StudyRecord | None:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-        record = StudyRecord(**values | {"runs": tuple(tuple(link) for link in values["runs"])})
-    except (OSError, ValueError, TypeError, KeyError):
+        links = tuple((str(digest), str(arm), int(seed)) for digest, arm, seed in values["runs"])
+        record = StudyRecord(**values | {"runs": links})
+        dump(record.verdicts)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
-    return record if record.digest == file.parent.name else None
+    words = (record.digest, record.name, record.status, record.yaml)
+    sound = all(isinstance(word, str) for word in words) and isinstance(record.verdicts, dict)
+    sound = sound and isinstance(record.created, int | float)
+    return record if sound and record.digest == file.parent.name else None

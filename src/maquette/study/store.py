@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import os
 import re
 import sqlite3
@@ -26,7 +27,8 @@ import pyarrow as pa
 
 from maquette import atomic
 from maquette.errors import BadInput, RunFailed
-from maquette.study.alive import birth_mark, is_mine, this_place
+from maquette.study.alive import Watch, birth_mark, is_mine, this_place
+from maquette.study.filesystem import sharing_warning
 from maquette.study.index import Index
 from maquette.study.records import (
     RunRecord,
@@ -39,6 +41,7 @@ from maquette.study.records import (
     study_record,
 )
 
+log = logging.getLogger(__name__)
 STALE_AFTER = 300.0  # seconds without a heartbeat after which a claim from elsewhere is dead
 
 
@@ -65,11 +68,19 @@ class Store:
         check: bool = True,
         stale_after: float = STALE_AFTER,
     ) -> None:
-        self.home = Path(home).expanduser() if home is not None else default_home()
+        self.home = self.place(home)
         self.read_only = read_only
         self.stale_after = stale_after
+        self.watch = Watch(stale_after)
         self.index = Index(self.home, read_only=read_only, fill=self._fill)
         self.index.prepare(check)
+        if check and not read_only and (warning := sharing_warning(self.home)):
+            log.warning(warning)
+
+    @staticmethod
+    def place(home: Path | str | None) -> Path:
+        """The folder a store named like this lies in."""
+        return Path(home).expanduser() if home is not None else default_home()
 
     # Folders ------------------------------------------------------------------------------------
 
@@ -91,11 +102,11 @@ class Store:
         if not self.read_only and not recipe.exists():
             atomic.write_text(recipe, recipe_yaml)
         with self.index.connection(write=True) as db:
-            db.execute(
-                "INSERT OR IGNORE INTO runs (digest, arm, seed, status) "
-                "VALUES (?, ?, ?, 'planned')",
-                (digest, arm, seed),
-            )
+            known = db.execute("SELECT 1 FROM runs WHERE digest=?", (digest,)).fetchone()
+            if known is None:
+                # A run that an older index forgot is taken from its folder, not computed again.
+                found = read_run(self.run_dir(digest) / "run.json")
+                self._insert(db, found or RunRecord(digest, arm, seed, "planned"))
             if study is not None:
                 db.execute(
                     "INSERT OR IGNORE INTO study_runs VALUES (?, ?, ?, ?)",
@@ -141,7 +152,7 @@ class Store:
         """In the same place the process is asked for; elsewhere the heartbeat tells."""
         if claim["place"] == this_place():
             return birth_mark(claim["pid"]) == claim["born"]
-        return bool(time.time() - claim["heartbeat"] < self.stale_after)
+        return not self.watch.is_silent(claim)
 
     def heartbeat(self, digest: str) -> None:
         """Say that the claimed run is alive; send it well within `stale_after` seconds.
@@ -200,6 +211,15 @@ class Store:
             self._write_run(db, digest)
             db.execute("DELETE FROM claims WHERE digest=?", (digest,))
 
+    def reopen(self, digest: str, reason: str) -> None:
+        """Plan a finished run again, because its files cannot be used; its folder stays."""
+        with self.index.connection(write=True) as db:
+            db.execute(
+                "UPDATE runs SET status='planned', reason=? WHERE digest=? AND status='done'",
+                (reason, digest),
+            )
+            self._write_run(db, digest)
+
     def run(self, digest: str) -> RunRecord:
         """One run by its full digest; BadInput when unknown."""
         with self.index.connection(write=False) as db:
@@ -219,7 +239,7 @@ class Store:
             )
         try:
             return pq.read_table(file)
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, pa.ArrowException, ValueError) as error:
             raise BadInput(
                 f"the items cannot be read ({error})", where=file, mend="run it again"
             ) from error
@@ -325,22 +345,24 @@ class Store:
         with self.index.connection(write=True) as db:
             return self._fill(db)
 
+    def _insert(self, db: sqlite3.Connection, run: RunRecord, *, claimed: bool = False) -> None:
+        """A run as its folder tells of it. Nobody is known to be running it, unless `claimed`."""
+        status = "planned" if run.status == "running" and not claimed else run.status
+        db.execute(
+            "INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                *(run.digest, run.arm, run.seed, status, run.reason, run.started, run.finished),
+                *(dump(value) for value in (run.machine, run.ledger, run.metrics)),
+            ),
+        )
+
     def _fill(self, db: sqlite3.Connection) -> int:
         claimed = {r["digest"] for r in db.execute("SELECT * FROM claims") if self._alive(r)}
         for table in ("studies", "runs", "study_runs"):
             db.execute(f"DELETE FROM {table}")
         records = [r for f in self.home.glob("runs/*/*/run.json") if (r := read_run(f))]
         for run in sorted(records, key=lambda r: (r.started or float("inf"), r.digest)):
-            # Who was running when the index was lost is not known; the run can be claimed again.
-            status = "planned" if run.status == "running" and run.digest not in claimed else None
-            db.execute(
-                "INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    *(run.digest, run.arm, run.seed, status or run.status, run.reason),
-                    *(run.started, run.finished),
-                    *(dump(value) for value in (run.machine, run.ledger, run.metrics)),
-                ),
-            )
+            self._insert(db, run, claimed=run.digest in claimed)
         studies = [s for f in self.home.glob("studies/*/study.json") if (s := read_study(f))]
         for study in sorted(studies, key=lambda s: (s.created, s.digest)):
             db.execute(

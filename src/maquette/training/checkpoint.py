@@ -2,7 +2,8 @@
 
     state/step-000000120/   model, extra and optimiser as safetensors, clock.json, checksums
                             (a sharded run: `training.sharded_checkpoint`)
-Nothing here unpickles. The last two are kept: when the newest is damaged, the one before serves.
+Nothing here unpickles. The last two are kept: when the newest is damaged, the one before serves,
+and when all are, the run starts again. Either is logged, and told in the run's record.
 """
 
 from __future__ import annotations
@@ -10,24 +11,41 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 from maquette import atomic
-from maquette.errors import MaquetteError, RunFailed
+from maquette.errors import BadInput, MaquetteError
 from maquette.training import sharded_checkpoint
 from maquette.training.distributed import ALONE, Team
 from maquette.training.trees import flatten, unflatten
 
 log = logging.getLogger(__name__)
 KEEP = 2
+DAMAGED = "damaged-"
+
+
+@contextlib.contextmanager
+def storing(final: Path) -> Iterator[None]:
+    """`atomic.explained`, also for what safetensors reports of the system in words of its own."""
+    with atomic.explained(final):
+        try:
+            yield
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def save_tree(folder: Path, name: str, value: Any) -> None:
@@ -39,8 +57,16 @@ def save_tree(folder: Path, name: str, value: Any) -> None:
 
 
 def load_tree(folder: Path, name: str) -> Any:
-    tree = json.loads((folder / f"{name}.json").read_text())
-    return unflatten(tree, load_file(folder / f"{name}.safetensors"))
+    """What `save_tree` wrote. Raises BadInput for files that hold anything else."""
+    try:
+        tree = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        return unflatten(tree, load_file(folder / f"{name}.safetensors"))
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, SafetensorError) as error:
+        raise BadInput(
+            f"`{name}` cannot be read ({type(error).__name__}: {str(error)[:200]})",
+            where=folder,
+            mend="take a fresh copy of the folder, or run it again",
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -76,7 +102,7 @@ def save(
             sharded_checkpoint.write(folder, model, extra, optimizer, team)
 
         def complete() -> None:
-            with atomic.explained(final):
+            with storing(final):
                 if not sharded_checkpoint.is_sharded(model):
                     save_model(model, str(folder / "model.safetensors"))
                     save_model(extra, str(folder / "extra.safetensors"))
@@ -99,25 +125,51 @@ def steps(state: Path) -> list[int]:
 
 
 def newest(state: Path) -> Saved | None:
-    """The newest sound checkpoint of this folder, or None when it holds none at all.
+    """The newest sound checkpoint of this folder, or None when it holds none.
 
-    A damaged one is passed over with a warning. Raises RunFailed when all are damaged.
+    A damaged one is put aside with a warning, so that it is not counted as one of the last two
+    and `damage` can tell of it.
     """
     found = steps(state)
     for step in reversed(found):
         folder = state / name_of(step)
         try:
             atomic.verify_checksums(folder)
-            return Saved(folder, step, json.loads((folder / "clock.json").read_text()))
-        except (MaquetteError, OSError, ValueError) as error:
-            log.warning("checkpoint %s is damaged (%s); trying the one before", folder, error)
-    if found:
-        raise RunFailed(
-            "every checkpoint of this run is damaged",
-            where=state,
-            mend=f"delete {state} to start the run again",
-        )
+            clock = json.loads((folder / "clock.json").read_text(encoding="utf-8"))
+            if not isinstance(clock, dict):
+                raise ValueError("clock.json holds no keys")
+            return Saved(folder, step, clock)
+        except (MaquetteError, OSError, ValueError, RecursionError) as error:
+            then = "starting again" if step == found[0] else "going on from the one before"
+            log.warning("checkpoint %s is damaged (%s); %s", folder, error, then)
+            _put_aside(folder)
     return None
+
+
+def _put_aside(folder: Path) -> None:
+    aside = folder.with_name(DAMAGED + folder.name)
+    shutil.rmtree(aside, ignore_errors=True)
+    with atomic.explained(folder):
+        folder.rename(aside)
+        atomic.fsync_dir(folder.parent)
+
+
+def put_all_aside(state: Path) -> None:
+    """Start again: no checkpoint of this folder is gone on from."""
+    for step in steps(state):
+        _put_aside(state / name_of(step))
+
+
+def damage(state: Path) -> dict[str, str]:
+    """A warning for the record of the run, when checkpoints of it were found damaged; else {}."""
+    found = sorted(path.name for path in state.glob(f"{DAMAGED}step-*"))
+    if not found:
+        return {}
+    at = ", ".join(str(int(name.removeprefix(f"{DAMAGED}step-"))) for name in found)
+    return {
+        "damaged-checkpoint": f"a checkpoint was damaged (step {at}) and could not be used; the "
+        "steps since the one before were computed again: check the disk and memory of this machine"
+    }
 
 
 def load(

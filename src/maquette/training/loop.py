@@ -398,7 +398,7 @@ def _finish(run: LiveRun, feeder: Feeder, selections: Selections, folder: Path) 
     if run.ctx.team.is_lead:
         logged = series(read_metrics(folder / "metrics.jsonl"))
         warnings = run.stage.optim.diagnose(run) | run.objective.diagnose(logged)
-        warnings |= selections.warnings()
+        warnings |= selections.warnings() | checkpoint.damage(folder / "state")
     facts = selections.facts()
     return Outcome(model.eval(), extra.eval(), run.ctx.ledger, run.step, warnings, facts)
 

@@ -13,6 +13,7 @@ from maquette.data import tokenizers
 from maquette.errors import BadInput
 from maquette.training.attention import use_fast_attention
 from maquette.training.fused_distillation import Mixture, linear_mixture_loss, mixture_loss
+from maquette.training.pretrained import from_pretrained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,7 +60,7 @@ def load_frozen(model: str, ctx: Ctx, key: str) -> tuple[PreTrainedModel, Any]:
         from transformers import AutoModelForCausalLM
 
         try:
-            found = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+            found = from_pretrained(AutoModelForCausalLM, model, dtype=torch.float32)
         except (OSError, ValueError) as error:
             raise BadInput(
                 f"`{model}` cannot be loaded as a causal model ({str(error).splitlines()[0]})",

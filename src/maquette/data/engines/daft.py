@@ -11,7 +11,6 @@ import contextlib
 import importlib.util
 import os
 import pickle
-import re
 import subprocess
 import sys
 import threading
@@ -23,24 +22,12 @@ from typing import IO, Any, cast
 
 import pyarrow as pa
 
+from maquette import cluster
+from maquette.cluster import QUIET
 from maquette.data.engines import Work
 from maquette.errors import BadInput, RunFailed
 
-LOCAL = "local"
-ANSWER_SECONDS = 10.0
-"""How long a cluster may take to answer."""
-START_SECONDS = 120.0
-"""How long Ray may take to start on this machine."""
-QUIET = {
-    "DO_NOT_TRACK": "1",
-    "DAFT_ANALYTICS_ENABLED": "0",
-    "SCARF_NO_ANALYTICS": "true",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "DAFT_PROGRESS_BAR": "0",
-    "RAY_TQDM": "0",
-}
-"""Set before Daft or Ray is imported: neither phones home nor draws over our own progress."""
-_ADDRESS = re.compile(r"[^\s:/]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}|auto|local")
+KEY = "--ray"
 
 
 @dataclass(frozen=True)
@@ -58,19 +45,14 @@ class DaftEngine:
     def __init__(self, shared: Path, ray: str | None = None, workers: int | None = None) -> None:
         """shared: folder that all workers see. ray: address, or None. workers: processes; all
         cores by default. Raises BadInput if an extra is missing or the address is malformed."""
-        for package in ("daft", "ray") if ray is not None else ("daft",):
-            if importlib.util.find_spec(package) is None:
-                raise BadInput(
-                    f"the package `{package}` is not installed",
-                    key="--ray" if package == "ray" else "--engine daft",
-                    mend=f"pip install 'maquette[{package}]'",
-                )
-        if ray is not None and not _ADDRESS.fullmatch(ray):
+        if importlib.util.find_spec("daft") is None:
             raise BadInput(
-                f"`{ray}` is not the address of a Ray cluster",
-                key="--ray",
-                mend="HOST:6379 of a cluster that this machine is a node of, auto, or local",
+                "the package `daft` is not installed",
+                key="--engine daft",
+                mend="pip install 'maquette[daft]'",
             )
+        if ray is not None:
+            cluster.check_address(ray, KEY)
         self.setup = Setup(shared.absolute(), ray, workers or _cores())
         self._process: subprocess.Popen[bytes] | None = None
         self._busy = False
@@ -99,26 +81,20 @@ class DaftEngine:
 
         Nothing else interrupts the client of a cluster that accepts a connection and is silent.
         """
-        limit = START_SECONDS if address == LOCAL else ANSWER_SECONDS
         late = threading.Event()
 
         def give_up() -> None:
             late.set()
             cast("subprocess.Popen[bytes]", self._process).kill()
 
-        timer = threading.Timer(limit, give_up)
+        timer = threading.Timer(cluster.limit_of(address), give_up)
         timer.start()
         try:
             self._receive()
         except RunFailed:
             if not late.is_set():
                 raise
-            raise BadInput(
-                f"no Ray cluster answered at `{address}` within {limit:g} seconds",
-                key="--ray",
-                mend="check the address (`ray status` on the head node prints it) and the "
-                "firewall, or leave `--ray` out to use this machine",
-            ) from None
+            raise cluster.no_answer(address, KEY) from None
         finally:
             timer.cancel()
             timer.join()

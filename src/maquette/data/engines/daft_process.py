@@ -8,21 +8,18 @@ one binary value, so that neither the types nor the boundaries of the batches ar
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import pickle
 import sys
-import uuid
 from collections.abc import Iterator
 from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-import maquette
-from maquette.data.engines.daft import LOCAL, Setup
+from maquette import cluster
+from maquette.data.engines.daft import KEY, Setup
 from maquette.data.engines.worker import run_group, unwrapped
-from maquette.errors import BadInput
 
 GROUPS_PER_TASK = 4
 """Row groups of one task of a cluster: 32 MB of text, seconds of work, milliseconds of overhead."""
@@ -76,109 +73,6 @@ def in_order(numbered: Iterator[tuple[int, Any]], n: int) -> Iterator[Any]:
         raise RuntimeError(f"{n - expected} of {n} batches did not come back")
 
 
-# --- the cluster ---------------------------------------------------------------------------------
-
-
-def connect(setup: Setup) -> None:
-    """Connect to the cluster. Raises BadInput if it cannot be joined."""
-    import ray
-
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    try:
-        ray.init(address=setup.ray, **quiet, **_local(setup))
-    except Exception as error:
-        raise BadInput(
-            f"cannot join the Ray cluster at `{setup.ray}` ({_first_line(error)})",
-            key="--ray",
-            mend="run this on a node of the cluster, with its versions of Python and Ray and its "
-            "authentication token",
-        ) from None
-
-
-def check_nodes(setup: Setup) -> int:
-    """Check every node of the cluster and return its number of cores.
-
-    Raises BadInput if a node has another version of Maquette or Daft, or does not see the shared
-    folder.
-    """
-    import daft
-    import ray
-
-    ours = (maquette.__version__, str(daft.__version__))
-    token = setup.shared / f"seen-by-all-{uuid.uuid4().hex}"
-    token.touch()
-    try:
-        for node, found in _ask_every_node(str(token)):
-            check_node(node, *found, ours=ours, setup=setup)
-    finally:
-        token.unlink()
-    return max(1, int(ray.cluster_resources().get("CPU", 1)))
-
-
-def _local(setup: Setup) -> dict[str, Any]:
-    if setup.ray != LOCAL:
-        return {}
-    return {"num_cpus": setup.workers, "include_dashboard": False}
-
-
-def _ask_every_node(token: str) -> Iterator[tuple[str, tuple[str, str, bool]]]:
-    """(address, (version of Maquette, version of Daft, sees the file `token`)) of every node."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    def facts() -> tuple[str, str, bool]:
-        # Defined in here, so that it travels by value: a node may not have Maquette at all.
-        import importlib
-        import pathlib
-
-        versions = []
-        for package in ("maquette", "daft"):
-            try:
-                versions.append(str(importlib.import_module(package).__version__))
-            except ImportError:
-                versions.append("")
-        return versions[0], versions[1], pathlib.Path(token).is_file()
-
-    ask = ray.remote(facts)
-    asked = []
-    for node in ray.nodes():
-        if node["Alive"] and node["Resources"].get("CPU", 0) > 0:
-            here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            asked.append(
-                (
-                    node["NodeManagerAddress"],
-                    ask.options(num_cpus=0, scheduling_strategy=here).remote(),
-                )
-            )
-    for address, answer in asked:
-        yield address, ray.get(answer)
-
-
-def check_node(
-    node: str, version: str, daft: str, sees: bool, *, ours: tuple[str, str], setup: Setup
-) -> None:
-    """Raise BadInput if a node cannot do the same work as this machine."""
-    for package, theirs, mine in zip(("Maquette", "Daft"), (version, daft), ours, strict=True):
-        if theirs != mine:
-            has = f"has {package} {theirs}" if theirs else f"does not have {package}"
-            raise BadInput(
-                f"the Ray node {node} {has}, this machine has {package} {mine}",
-                key="--ray",
-                mend=f"install {package} {mine} on every node",
-            )
-    if not sees:
-        raise BadInput(
-            f"the Ray node {node} does not see the folder {setup.shared}",
-            key="--ray",
-            mend="point MAQUETTE_HOME (--home) to a folder that all nodes share",
-        )
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200]
-
-
 # --- the conversation ----------------------------------------------------------------------------
 
 
@@ -200,9 +94,9 @@ def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
             workers = setup.workers
             daft.set_runner_native(num_threads=workers)
         else:
-            connect(setup)
+            cluster.join(setup.ray, KEY, setup.workers)
             answer("connected")
-            workers = check_nodes(setup)
+            workers = cluster.check_nodes(("maquette", "daft"), setup.shared, KEY)
             daft.set_runner_ray(noop_if_initialized=True)
         answer("ready")
         while True:

@@ -44,6 +44,7 @@ from maquette.evaluation.membership_texts import (
     seen_tokens,
 )
 from maquette.parts import Audit, Card, Ctx, Needs, Subject, register
+from maquette.training.pretrained import from_pretrained
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -228,7 +229,7 @@ def _load_causal(
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(folder), trust_remote_code=False)
+        model = from_pretrained(AutoModelForCausalLM, folder)
     except (OSError, ValueError) as error:
         raise BadInput(
             f"cannot be loaded as a causal language model ({str(error).splitlines()[0]})",

@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -26,6 +25,7 @@ from maquette.data.tokenizers import TokenizerSpec
 from maquette.errors import BadInput
 from maquette.parts import Ctx, DataOp, Head, Selector, Workload
 from maquette.recipe import Size
+from maquette.training.pretrained import config_of, from_pretrained
 
 HEADS: dict[Head, Any] = {
     "causal-lm": AutoModelForCausalLM,
@@ -118,8 +118,7 @@ def build_from(config: PretrainedConfig, head: Head, seed: int) -> PreTrainedMod
 
 def _load(auto: Any, name: str) -> PreTrainedModel:
     try:
-        config = AutoConfig.from_pretrained(name)
-        return auto.from_pretrained(name, config=config, dtype=torch.float32)
+        return from_pretrained(auto, name, config=config_of(name), dtype=torch.float32)
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise BadInput(

@@ -1,0 +1,145 @@
+"""Studies on a real Ray cluster of two cores: the same digests, and a worker's death survived."""
+
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from maquette import cluster
+from maquette.cli.base import place_of
+from maquette.conformance.world import OPTIONS
+from maquette.errors import BadInput
+from maquette.study.compare import compare
+from maquette.study.pool import Place
+from maquette.study.ray_pool import run_on_cluster
+from maquette.study.store import Store
+from maquette.study.study import parse_study
+
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("ray") is None, reason="the extra `ray` is not installed"
+    ),
+]
+
+
+def data(world, steps=8):
+    return {
+        "workload": world.workload("text/causal"),
+        "size": "nano",
+        "objective": "causal-lm",
+        "budget": f"{steps}step",
+        "seeds": 3,
+        "metric": {"name": "bits-per-byte", "smallest_effect": "0.5%"},
+        "evaluate": [{"type": "bits-per-byte", "max_tokens": 2000}],
+        "baseline": "slow",
+        "arms": {
+            "slow": {"optim": {"type": "adamw", "learning_rate": 1e-5}},
+            "fast": {"optim": {"type": "adamw", "learning_rate": 1e-2}},
+        },
+    }
+
+
+def on_ray(path, home, **process):
+    """`maquette compare PATH --on ray://local`, in a process of its own."""
+    command = [sys.executable, "-m", "maquette", "compare", str(path), "--on", "ray://local"]
+    command += ["--home", str(home), "--device", "cpu", "--json"]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}, **process,
+    )  # fmt: skip
+
+
+def home_of(world, folder):
+    folder.mkdir(exist_ok=True)
+    (folder / "cache").symlink_to(world.folder / "cache", target_is_directory=True)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_study_on_a_cluster_gives_the_runs_of_this_machine_though_a_worker_is_killed(
+    world, tmp_path
+):
+    study = data(world, steps=60)
+    path = tmp_path / "rates.yaml"
+    path.write_text(yaml.safe_dump(study))
+    there, here = home_of(world, tmp_path / "there"), home_of(world, tmp_path / "here")
+    process = on_ray(path, there)
+    killed = _kill_a_worker(there, process)
+    out, errors = process.communicate(timeout=500)
+    assert process.returncode == 0, errors
+    assert killed
+    answer = json.loads(out)
+    result = compare(parse_study(study, name="rates", where=path), Store(here), OPTIONS)
+    assert answer["digest"] == result.study.digest
+    ours, theirs = (
+        {run.digest: run.status for run in Store(home).list_runs(answer["digest"])}
+        for home in (here, there)
+    )
+    assert ours == theirs
+    assert set(ours.values()) == {"done"}
+
+
+def _kill_a_worker(home, driver):
+    """SIGKILL a process that holds the claim of a run; its pid."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and driver.poll() is None:
+        time.sleep(0.2)
+        if not (home / "index.sqlite").exists():
+            continue
+        import sqlite3
+
+        with sqlite3.connect(home / "index.sqlite", timeout=5) as db:
+            held = db.execute("SELECT pid FROM claims WHERE pid != ?", (driver.pid,)).fetchone()
+        if held:
+            os.kill(held[0], signal.SIGKILL)
+            return held[0]
+    return None
+
+
+def test_a_cluster_that_is_not_there_is_refused_at_once(world, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    with pytest.raises(BadInput, match="no Ray cluster answered") as caught:
+        run_on_cluster([], Store(tmp_path), OPTIONS, address, None, None)
+    assert caught.value.key == "--on"
+    assert "ray status" in caught.value.mend
+
+
+def test_a_cluster_that_stays_silent_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "ANSWER_SECONDS", 1.0)
+    waits = []
+    monkeypatch.setattr(cluster, "join", lambda *_: waits.append(time.sleep(5)))
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(BadInput, match="no Ray cluster answered"):
+            run_on_cluster([], Store(tmp_path), OPTIONS, address, None, None)
+
+
+@pytest.mark.parametrize(
+    ("on", "place"),
+    [
+        ("local:3", Place(3)),
+        ("ray://head:6379", Place(ray="head:6379")),
+        ("ray:auto", Place(ray="auto")),
+        ("ray://local", Place(ray="local")),
+    ],
+)
+def test_a_place_is_read_from_its_name(on, place):
+    assert place_of(on, OPTIONS) == place
+
+
+@pytest.mark.parametrize("on", ["cloud", "local:many", "ray", "ray://head", "ray://head:port"])
+def test_what_is_no_place_is_refused(on):
+    with pytest.raises(BadInput) as caught:
+        place_of(on, OPTIONS)
+    assert caught.value.key == "--on"
