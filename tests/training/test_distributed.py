@@ -167,11 +167,11 @@ def test_a_verb_for_one_process_is_refused_in_a_launch(monkeypatch, capsys):
 
 def test_workers_and_ranks_exclude_each_other(world, tmp_path):
     from maquette.conformance.world import OPTIONS
-    from maquette.study.pool import run_tasks
+    from maquette.study.pool import Place, run_tasks
 
     options = replace(OPTIONS, team=Team(0, 2))
     with pytest.raises(BadInput, match="2 workers cannot share"):
-        run_tasks([], world.store("none"), options, 2, print, print)
+        run_tasks([], world.store("none"), options, Place(2), print, print)
 
 
 def test_leaving_outside_of_a_launch_does_nothing():

@@ -7,8 +7,10 @@ can be taken over. Digests are those of a run on this machine.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
+import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -48,13 +50,15 @@ def run_on_cluster(
     os.environ.update(cluster.QUIET)
     import ray
 
-    _join(address)
-    try:
-        cluster.check_nodes(("maquette",), store.home.absolute(), KEY)
-        jobs = jobs_of(tasks, store, replace(options, threads=options.threads or 1))
-        return _follow(jobs, tasks, on_progress, on_done)
-    finally:
-        ray.shutdown()
+    # Ray tells of dead workers on stdout, where a reader expects one document.
+    with contextlib.redirect_stdout(sys.stderr):
+        _join(address)
+        try:
+            cluster.check_nodes(("maquette",), store.home.absolute(), KEY)
+            jobs = jobs_of(tasks, store, replace(options, threads=options.threads or 1))
+            return _follow(jobs, tasks, on_progress, on_done)
+        finally:
+            ray.shutdown()
 
 
 def _join(address: str) -> None:
