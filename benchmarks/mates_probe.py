@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from maquette.data.order import stream_seed
-from maquette.recipe import SIZES, Size
+from maquette.quantities import SIZES, Size
 from maquette.training.branch import Branch, branch
 from maquette.training.ledger import FlopCounter
 

@@ -36,7 +36,7 @@ from maquette.methods.surgery.low_rank import LowRank
 from maquette.methods.surgery.relora import ReLoRA
 from maquette.methods.surgery.sltrain import SLTrain
 from maquette.parts import Optim, State, Surgery
-from maquette.recipe import SIZES, Size
+from maquette.quantities import SIZES, Size
 from maquette.schedules import Horizon
 from maquette.training.memory import (
     peak_memory,

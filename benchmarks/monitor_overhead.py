@@ -32,7 +32,7 @@ from maquette.decoding.monitor import DereferenceMonitor, Monitor
 from maquette.decoding.processor import MonitorLogitsProcessor
 from maquette.decoding.vocabulary import Constraint, VocabIndex
 from maquette.evaluation.dereference import choose_dots
-from maquette.recipe import size_named
+from maquette.quantities import size_named
 from maquette.workloads.text.causal import llama_config
 
 MODULES = ("argparse", "ast", "tarfile", "zipfile", "threading", "subprocess", "pathlib", "shutil")

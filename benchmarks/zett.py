@@ -29,7 +29,7 @@ from maquette.data.surface_forms import Decomposer
 from maquette.data.tokenizer_sampler import TokenizerSampler
 from maquette.data.tokenizers import TokenizerSpec, train
 from maquette.methods.surgery.zett import Network, Plan, Sampling, hypernet_for, sampler_for
-from maquette.recipe import SIZES
+from maquette.quantities import SIZES
 from maquette.training.hypernet_training import CHARACTERS_PER_TOKEN, HypernetRun, frozen
 from maquette.training.vocabulary_swap import source_tables
 from maquette.workloads.text.base import build_from

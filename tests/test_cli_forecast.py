@@ -10,7 +10,7 @@ import yaml
 from maquette import cli
 from maquette import recipe as recipes
 from maquette.evaluation.scaling import Law
-from maquette.recipe import Size
+from maquette.quantities import Size
 from maquette.study import execute
 from maquette.study.store import Store
 

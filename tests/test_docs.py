@@ -10,7 +10,8 @@ import yaml
 
 from maquette import conformance, parts
 from maquette.cli import app
-from maquette.recipe import RECIPE_KEYS, SIZES, parse_recipe
+from maquette.quantities import SIZES
+from maquette.recipe import RECIPE_KEYS, parse_recipe
 from maquette.study.study import STUDY_KEYS, parse_study
 from maquette.study.tuning import Tuning
 

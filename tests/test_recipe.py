@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maquette.errors import BadInput
-from maquette.recipe import SIZES, Budget, digest, parse_recipe, size_named, stage_digest
+from maquette.quantities import SIZES, Budget, size_named
+from maquette.recipe import digest, parse_recipe, stage_digest
 
 BASE = {
     "workload": {"type": "text/causal", "corpus": "python:", "length": 64},

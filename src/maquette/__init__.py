@@ -10,7 +10,7 @@ _PUBLIC = {
     "BadInput": "maquette.errors",
     "MaquetteError": "maquette.errors",
     "RunFailed": "maquette.errors",
-    "Budget": "maquette.recipe",
+    "Budget": "maquette.quantities",
     "Recipe": "maquette.recipe",
     "parse_recipe": "maquette.recipe",
     "Study": "maquette.study.study",
@@ -43,7 +43,8 @@ __all__ = [
 if TYPE_CHECKING:
     from maquette.errors import BadInput, MaquetteError, RunFailed
     from maquette.parts import register
-    from maquette.recipe import Budget, Recipe, parse_recipe
+    from maquette.quantities import Budget
+    from maquette.recipe import Recipe, parse_recipe
     from maquette.study.compare import compare
     from maquette.study.execute import Options, execute
     from maquette.study.store import Store

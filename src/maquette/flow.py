@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from maquette.data.corpus import Corpus
     from maquette.parts import Objective
-    from maquette.recipe import Size
+    from maquette.quantities import Size
     from maquette.training.ledger import Ledger
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from maquette.data.corpus import Corpus
     from maquette.data.selection import Limit
-    from maquette.recipe import Size
+    from maquette.quantities import Size
     from maquette.training.branch import Branch
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Recipes: everything one run needs, resolved and hashable; sizes and budgets.
+"""Recipes: everything one run needs, resolved and hashable.
 
 YAML (or a mapping) goes in, frozen objects with every default written out come back. A key that
 is not known, a unit that is not one, a part that does not exist: each is a BadInput that names
@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from maquette import parts
 from maquette.config import validate
@@ -30,106 +29,7 @@ from maquette.parts import (
     Workload,
 )
 from maquette.plan import Init, Node, charged_to, in_order, parse_init
-
-# --- sizes ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Size:
-    """A model scale; a recipe is a function of it.
-
-    weights: non-embedding weights of the Llama shape, about. length: tokens per row.
-    batch_tokens: tokens per optimiser step. learning_rate: AdamW peak rate for that batch.
-    """
-
-    name: str
-    weights: float
-    width: int
-    depth: int
-    heads: int
-    length: int
-    batch_tokens: int
-    learning_rate: float
-
-    def rows(self, length: int) -> int:
-        """Rows per step so that a step holds `batch_tokens` tokens whatever the row length."""
-        return max(1, self.batch_tokens // length)
-
-
-_SIZES = (
-    Size("nano", 1e5, 64, 2, 2, 64, 1_024, 4e-3),
-    Size("1m", 8e5, 128, 4, 4, 128, 2_048, 2e-3),
-    Size("3m", 3e6, 256, 4, 4, 256, 4_096, 2e-3),
-    Size("10m", 1.1e7, 384, 6, 6, 256, 16_384, 1.5e-3),
-    Size("30m", 3.1e7, 512, 10, 8, 512, 32_768, 1.2e-3),
-    Size("60m", 5.9e7, 640, 12, 10, 512, 65_536, 1e-3),
-    Size("125m", 1.3e8, 768, 18, 12, 1_024, 262_144, 6e-4),
-    Size("350m", 3.5e8, 1_024, 28, 16, 1_024, 524_288, 4e-4),
-    Size("1b", 1.0e9, 2_048, 20, 16, 2_048, 1_048_576, 3e-4),
-    Size("3b", 3.0e9, 2_560, 38, 20, 2_048, 2_097_152, 2e-4),
-    Size("7b", 6.8e9, 4_096, 34, 32, 4_096, 4_194_304, 1.5e-4),
-)
-SIZES = {size.name: size for size in _SIZES}
-
-
-def size_named(name: str, *, where: object = None, key: str = "size") -> Size:
-    if name not in SIZES:
-        raise BadInput(
-            f"there is no size `{name}`", where=where, key=key, mend=did_you_mean(name, SIZES)
-        )
-    return SIZES[name]
-
-
-# --- budgets -------------------------------------------------------------------------------------
-
-Unit = Literal["flop", "tok", "step", "epoch", "s", "usd"]
-_UNITS: dict[str, tuple[Unit, float]] = {
-    "flop": ("flop", 1),
-    "flops": ("flop", 1),
-    "tok": ("tok", 1),
-    "token": ("tok", 1),
-    "tokens": ("tok", 1),
-    "step": ("step", 1),
-    "steps": ("step", 1),
-    "epoch": ("epoch", 1),
-    "epochs": ("epoch", 1),
-    "s": ("s", 1),
-    "sec": ("s", 1),
-    "min": ("s", 60),
-    "h": ("s", 3600),
-    "usd": ("usd", 1),
-}
-_BUDGET = re.compile(r"\s*([0-9][0-9_]*\.?[0-9]*(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Z]+)\s*")
-
-
-@dataclass(frozen=True)
-class Budget:
-    """An amount of one unit: counted training FLOPs, tokens, steps, epochs (passes over the
-    training part), seconds or US dollars. No steps at all, `0step`, leaves a model as it starts.
-    """
-
-    amount: float
-    unit: Unit
-
-    @classmethod
-    def parse(cls, text: object, *, where: object = None, key: str = "budget") -> Budget:
-        """`3e15flop`, `2e7tok`, `2000step`, `8epoch`, `10min`, `5usd`; `0step` for none."""
-        mend = "a number and a unit: 3e15flop, 2e7tok, 2000step, 8epoch, 10min or 5usd"
-        match = _BUDGET.fullmatch(str(text))
-        if not match:
-            raise BadInput(f"`{text}` is not a budget", where=where, key=key, mend=mend)
-        number, unit = match.groups()
-        if unit.lower() not in _UNITS:
-            raise BadInput(f"`{unit}` is not a unit of budget", where=where, key=key, mend=mend)
-        name, factor = _UNITS[unit.lower()]
-        amount = float(number.replace("_", "")) * factor
-        if not (0 < amount < float("inf") or (amount == 0 and name == "step")):
-            raise BadInput(f"a budget must be above zero, got `{text}`", where=where, key=key)
-        return cls(amount, name)
-
-    def __str__(self) -> str:
-        return f"{self.amount:.12g}{self.unit}"
-
+from maquette.quantities import Budget, Size, size_named
 
 # --- parts from plain data -----------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ from maquette.data.packing import pack
 from maquette.data.readers import CorpusSpec, read
 from maquette.data.tokenizers import TokenizerSpec, train
 from maquette.errors import MaquetteError
-from maquette.recipe import Budget
+from maquette.quantities import Budget
 from maquette.study.forecast_table import read_points
 from maquette.study.models import load_state
 from maquette.study.records import read_run, read_study

@@ -12,7 +12,7 @@ from maquette import recipe as recipes
 from maquette.conformance.world import OPTIONS
 from maquette.errors import BadInput, RunFailed
 from maquette.evaluation.scaling import Law
-from maquette.recipe import SIZES, Size
+from maquette.quantities import SIZES, Size
 from maquette.study import execute
 from maquette.study import forecast_report as reporting
 from maquette.study.forecast import Points, fit_points, forecast_points

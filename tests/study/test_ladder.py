@@ -3,7 +3,8 @@
 import pytest
 
 from maquette.errors import BadInput
-from maquette.recipe import SIZES, parse_recipe
+from maquette.quantities import SIZES
+from maquette.recipe import parse_recipe
 from maquette.study.ladder import Rule, on_rung, parse_ladder
 from maquette.study.study import parse_study
 

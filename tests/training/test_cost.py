@@ -5,7 +5,8 @@ import pytest
 from maquette.conformance.world import OPTIONS
 from maquette.errors import BadInput
 from maquette.parts import Batch
-from maquette.recipe import Budget, parse_recipe
+from maquette.quantities import Budget
+from maquette.recipe import parse_recipe
 from maquette.study.check import plan
 from maquette.training.cost import StepCosts, plan_horizon
 

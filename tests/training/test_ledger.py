@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import ElectraConfig, ElectraForMaskedLM, LlamaConfig, LlamaForCausalLM
 
-from maquette.recipe import SIZES
+from maquette.quantities import SIZES
 from maquette.training.ledger import FlopCounter, Ledger
 from maquette.workloads.text.causal import llama_config
 

@@ -232,7 +232,7 @@ def check_audit(cls: type[Audit], options: Mapping[str, Any], run: Run) -> None:
 def check_bodies_agree(cls: type[Workload], world: World) -> None:
     """The body depends on the seed and not on the head, bit for bit."""
     from maquette.parts import Ctx
-    from maquette.recipe import SIZES
+    from maquette.quantities import SIZES
 
     ctx = Ctx(torch.device("cpu"), 0, world.folder / "cache", Ledger(), SIZES["nano"], 32)
     workload = parse_part(Workload, world.workload(cls.type))  # type: ignore[type-abstract]

@@ -12,7 +12,8 @@ import yaml
 from maquette.errors import RunFailed
 from maquette.evaluation.law_bootstrap import DRAWS, LEVEL
 from maquette.evaluation.scaling import MIN_POINTS
-from maquette.recipe import SIZES, digest
+from maquette.quantities import SIZES
+from maquette.recipe import digest
 from maquette.study.compare import prepare_corpora
 from maquette.study.execute import Options, pick_device
 from maquette.study.forecast import Forecast, Points, forecast_points

@@ -9,7 +9,8 @@ from typing import Any
 
 from maquette.errors import BadInput, did_you_mean
 from maquette.evaluation.scaling import MIN_POINTS
-from maquette.recipe import SIZES, Budget, Recipe, Size, Stage, size_named
+from maquette.quantities import SIZES, Budget, Size, size_named
+from maquette.recipe import Recipe, Stage
 
 DEFAULT_SIZES = ("nano", "1m", "3m", "10m")
 DEFAULT_BUDGET = "20tok/param"

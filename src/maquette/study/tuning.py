@@ -16,7 +16,8 @@ from pydantic import Field, field_validator
 
 from maquette.config import Frozen
 from maquette.errors import BadInput, did_you_mean
-from maquette.recipe import Budget, Recipe, parse_recipe
+from maquette.quantities import Budget
+from maquette.recipe import Recipe, parse_recipe
 
 Point = tuple[float, ...]
 Direction = Literal["higher", "lower"]

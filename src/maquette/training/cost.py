@@ -14,7 +14,7 @@ from torch import nn
 from maquette.errors import BadInput
 from maquette.flow import Outline
 from maquette.parts import Batch, Clock, Feed, Optim
-from maquette.recipe import Budget
+from maquette.quantities import Budget
 from maquette.schedules import Horizon
 from maquette.training.ledger import FlopCounter, Ledger
 

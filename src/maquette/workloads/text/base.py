@@ -24,7 +24,7 @@ from maquette.data.readers import CorpusSpec
 from maquette.data.tokenizers import TokenizerSpec
 from maquette.errors import BadInput
 from maquette.parts import Ctx, DataOp, Head, Selector, Workload
-from maquette.recipe import Size
+from maquette.quantities import Size
 from maquette.training.pretrained import config_of, from_pretrained
 
 HEADS: dict[Head, Any] = {

@@ -9,7 +9,7 @@ from transformers import ElectraConfig, PretrainedConfig
 
 from maquette.data.corpus import Corpus
 from maquette.parts import Head, register
-from maquette.recipe import Size
+from maquette.quantities import Size
 from maquette.workloads.text.base import TextWorkload
 
 
