@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from maquette.errors import BadInput
 from maquette.training.distributed import ALONE, Team
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from maquette.data.corpus import Corpus
     from maquette.parts import Objective
     from maquette.quantities import Size
+    from maquette.schedules import Horizon
+    from maquette.training.branch import Branch
     from maquette.training.ledger import Ledger
 
 
@@ -203,3 +206,54 @@ class Subject:
     tokenizer: PreTrainedTokenizerBase
     extra: nn.ModuleDict | None = None
     objective: Objective | None = None
+
+
+class Run(Protocol):
+    """The live run as an `Optim` or a `Feed` sees it (implemented by `training.loop.LiveRun`).
+
+    selections: what the feed selected so far, by the step from which it holds.
+    """
+
+    model: PreTrainedModel
+    extra: nn.ModuleDict
+    optimizer: torch.optim.Optimizer
+    horizon: Horizon
+    ctx: Ctx
+    selections: dict[int, Selection]
+
+    @property
+    def objective(self) -> Objective: ...
+
+    @property
+    def rows(self) -> int:
+        """Rows of the training part that one optimiser step takes."""
+        ...
+
+    @property
+    def clock(self) -> Clock: ...
+
+    def backward(self, microbatches: Sequence[Batch]) -> dict[str, float]:
+        """Accumulate gradients of the mean loss over the micro-batches; returns averaged logs."""
+        ...
+
+    def loss_of(self, batch: Batch, piece: int) -> Loss:
+        """The objective's loss on one micro-batch, under this step's own random streams."""
+        ...
+
+    def update(self, microbatches: Sequence[Batch]) -> dict[str, float]:
+        """One optimiser step at this step's learning rate; returns logs. It is not billed."""
+        ...
+
+    def branch(self) -> AbstractContextManager[Branch]:
+        """A block in which steps on the live model may be tried; at its end all is as before.
+
+        Weights, buffers, gradients, optimiser state, random streams and train or eval mode come
+        back bit for bit; `Branch.restore` goes back to the start of the block in between.
+        """
+        ...
+
+    def trainable(self) -> list[nn.Parameter]: ...
+
+    def clip(self, limit: float) -> float:
+        """Scale the gradients so that their global norm is at most `limit`; returns the norm."""
+        ...

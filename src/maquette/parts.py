@@ -11,15 +11,15 @@ import importlib
 import pkgutil
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, field_validator
 
 from maquette.config import Frozen
+from maquette.declarations import Card, Head, Needs, Scale
 from maquette.errors import BadInput, did_you_mean
-from maquette.flow import Batch, Clock, Ctx, Examples, Loss, Selection, State, Subject
+from maquette.flow import Batch, Clock, Ctx, Examples, Loss, Run, Selection, State, Subject
 from maquette.schedules import Horizon, Schedule
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from maquette.data.corpus import Corpus
     from maquette.data.selection import Limit
     from maquette.quantities import Size
-    from maquette.training.branch import Branch
 
 __all__ = [
     "KINDS", "Audit", "Batch", "Card", "Clock", "Ctx", "DataOp", "Decoder", "Examples", "Feed",
@@ -40,52 +39,6 @@ __all__ = [
     "State",
     "Subject", "Surgery", "Workload", "find", "load_all", "parts", "register",
 ]  # fmt: skip
-
-Scale = Literal["one", "ddp", "fsdp"]
-Head = Literal["causal-lm", "masked-lm", "seq2seq-lm", "token-discrimination"]
-
-
-class Card(Frozen):
-    """What a reader must know before using a method; the docs page is generated from it."""
-
-    title: str
-    paper: str
-    """Authors, year, venue."""
-    arxiv: str = ""
-    idea: str
-    """The method in two or three plain sentences."""
-    claim: str
-    """What its study tests, in one sentence that can turn out false."""
-    paper_figures: tuple[str, ...] = ()
-    """Published numbers, each with its place in the paper."""
-    defaults_from: str
-    cost: str
-    """What it costs besides the baseline's steps, and which ledger cause carries it."""
-    when: str
-    """When to reach for it and when not."""
-    clashes: tuple[str, ...] = ()
-    differs: tuple[str, ...] = ()
-    """Deliberate differences from the official code, each with its reason."""
-    example: str = ""
-    """About ten lines of plain PyTorch or Hugging Face code; the conformance suite runs them."""
-
-
-class Needs(Frozen):
-    """What a part requires of its surroundings; `check` refuses a recipe that does not give it."""
-
-    workloads: frozenset[str] = frozenset()
-    """Workload types it can work on; empty means any."""
-    scale: Scale = "fsdp"
-    """The widest kind of sharding it is correct under; the conformance suite tries it.
-
-    fsdp: it sees shares of weights and of gradients outside the loss (elementwise work on them is
-    fine), and whole weights inside it. ddp: every rank sees all of them. one: no other rank, as
-    where the loss keeps state from the micro-batches it has seen, of which a rank sees its own.
-    """
-    columns: frozenset[str] = frozenset()
-    """Document columns that must hold values (`year`, `domain`, a score)."""
-    clashes: frozenset[str] = frozenset()
-    """Slugs of parts it cannot be combined with."""
 
 
 class Part(Frozen):
@@ -109,57 +62,6 @@ class Part(Frozen):
     def widest_scale(self) -> Scale:
         """The widest kind of sharding it is correct under with these options."""
         return type(self).needs.scale
-
-
-class Run(Protocol):
-    """The live run as an `Optim` or a `Feed` sees it (implemented by `training.loop.LiveRun`).
-
-    selections: what the feed selected so far, by the step from which it holds.
-    """
-
-    model: PreTrainedModel
-    extra: nn.ModuleDict
-    optimizer: torch.optim.Optimizer
-    horizon: Horizon
-    ctx: Ctx
-    selections: dict[int, Selection]
-
-    @property
-    def objective(self) -> Objective: ...
-
-    @property
-    def rows(self) -> int:
-        """Rows of the training part that one optimiser step takes."""
-        ...
-
-    @property
-    def clock(self) -> Clock: ...
-
-    def backward(self, microbatches: Sequence[Batch]) -> dict[str, float]:
-        """Accumulate gradients of the mean loss over the micro-batches; returns averaged logs."""
-        ...
-
-    def loss_of(self, batch: Batch, piece: int) -> Loss:
-        """The objective's loss on one micro-batch, under this step's own random streams."""
-        ...
-
-    def update(self, microbatches: Sequence[Batch]) -> dict[str, float]:
-        """One optimiser step at this step's learning rate; returns logs. It is not billed."""
-        ...
-
-    def branch(self) -> AbstractContextManager[Branch]:
-        """A block in which steps on the live model may be tried; at its end all is as before.
-
-        Weights, buffers, gradients, optimiser state, random streams and train or eval mode come
-        back bit for bit; `Branch.restore` goes back to the start of the block in between.
-        """
-        ...
-
-    def trainable(self) -> list[nn.Parameter]: ...
-
-    def clip(self, limit: float) -> float:
-        """Scale the gradients so that their global norm is at most `limit`; returns the norm."""
-        ...
 
 
 # --- the slots -----------------------------------------------------------------------------------
