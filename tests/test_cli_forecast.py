@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import yaml
 
-from maquette import cli
-from maquette import recipe as recipes
+from maquette import cli, quantities
 from maquette.evaluation.scaling import Law
 from maquette.quantities import Size
 from maquette.study import execute
@@ -130,7 +129,7 @@ TINY = [Size(f"tiny{w}", 12 * w * w, w, 1, 2, 32, 64, 4e-3) for w in (8, 16, 24,
 @pytest.mark.slow
 def test_a_ladder_is_run_reported_stored_and_never_run_twice(run, world, tmp_path, monkeypatch):
     for size in TINY:
-        monkeypatch.setitem(recipes.SIZES, size.name, size)
+        monkeypatch.setitem(quantities.SIZES, size.name, size)
     home = tmp_path / "home"
     home.mkdir()
     (home / "cache").symlink_to(world.folder / "cache", target_is_directory=True)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from maquette import recipe as recipes
+from maquette import quantities
 from maquette.conformance.world import OPTIONS
 from maquette.errors import BadInput, RunFailed
 from maquette.evaluation.scaling import Law
@@ -224,7 +224,7 @@ TINY = [Size(f"tiny{w}", 12 * w * w, w, 1, 2, 32, 64, 4e-3) for w in (8, 16, 24,
 @pytest.fixture
 def tiny_sizes(monkeypatch):
     for size in TINY:
-        monkeypatch.setitem(recipes.SIZES, size.name, size)
+        monkeypatch.setitem(quantities.SIZES, size.name, size)
 
 
 def tiny(world, **over):

@@ -51,8 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except MaquetteError as error:
         if "--debug" in given:
             raise
-        if error.everywhere and follows():
-            sys.exit(error.exit_status)
+        if error.everywhere:
+            # Parted before the interpreter ends: a connection the other side has closed by then
+            # would end this process with an abort instead of its status.
+            leave()
+            if follows():
+                sys.exit(error.exit_status)
         _fail(str(error), error.exit_status, given)
     except KeyboardInterrupt:
         _fail("stopped; what is done is kept, and the same command goes on from there", 1, given)
