@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from maquette.data.readers import parse_size
+from maquette.quantities import parse_bytes
 
 PARTS = 16
 RUNS = (1, 4, 16)
@@ -181,7 +181,7 @@ def main() -> None:
             f"data:\n- {{type: toxicity-filter, words_file: {words}, threshold: 0.012}}\n"
             "- {type: top-k, column: toxicity, best: lowest, take: 40%}\n"
         )
-        pool, each = sentences(rng), parse_size(given.size) // PARTS
+        pool, each = sentences(rng), parse_bytes(given.size) // PARTS
         documents = sum(
             write_part(folder / "all" / f"part-{n:02}.jsonl", each, pool, rng) for n in range(PARTS)
         )

@@ -27,8 +27,9 @@ for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 import numpy as np
 import pyarrow as pa
 
+from maquette.data.corpus_spec import CorpusSpec
 from maquette.data.hashed_classifier import HashedClassifier, fit_hashed_classifier
-from maquette.data.readers import CorpusSpec, read
+from maquette.data.readers import read
 
 COLUMNS = 2**20
 PEER_BYTES = 20e6

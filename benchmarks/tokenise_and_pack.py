@@ -35,7 +35,8 @@ from maquette.data import dedup, tokenizers
 from maquette.data.corpus import CorpusSpec, TokenizerSpec, prepare
 from maquette.data.documents import documents
 from maquette.data.packing import pack
-from maquette.data.readers import parse_size, read
+from maquette.data.readers import read
+from maquette.quantities import parse_bytes
 
 
 def timed(action: Callable[[], Any]) -> tuple[Any, float]:
@@ -59,14 +60,14 @@ def stages(limit: str) -> dict[str, float]:
         ids = [f"doc{i}" for i in range(len(texts))]
         batch = documents(ids, texts)
         _, pack_s = timed(lambda: pack([batch], trained, Path(folder) / "bpe"))
-        half = CorpusSpec(path="python:", limit=f"{parse_size(limit) // 2}B")
+        half = CorpusSpec(path="python:", limit=f"{parse_bytes(limit) // 2}B")
         _, whole_s = timed(lambda: prepare(half, chosen, cache=Path(folder) / "cache"))
     trained_mb = sum(len(t.encode()) for t in part) / 1e6
     speeds = {"read": read_s, "exact": exact_s, "signatures": sketch_s, "clusters": cluster_s,
               "tokenise_and_pack": pack_s}  # fmt: skip
     found = {f"{name}_mb_per_s": mb / seconds for name, seconds in speeds.items()}
     found["train_bpe_mb_per_s"] = trained_mb / train_s
-    found[f"prepare_{parse_size(limit) // 2_000_000}mb_seconds"] = whole_s
+    found[f"prepare_{parse_bytes(limit) // 2_000_000}mb_seconds"] = whole_s
     return found
 
 
@@ -90,7 +91,7 @@ def memory(size: str) -> dict[str, Any]:
     """Prepare a corpus of `size` in a child process; its peak memory and speed."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "corpus.jsonl.zst"
-        count = write_corpus(source, parse_size(size))
+        count = write_corpus(source, parse_bytes(size))
         command = [sys.executable, __file__, "--prepare", str(source), str(Path(folder) / "cache")]
         start = time.perf_counter()
         child = subprocess.Popen(command)
@@ -111,7 +112,7 @@ def memory(size: str) -> dict[str, Any]:
         "corpus": size,
         "documents": count,
         "seconds": seconds,
-        "mb_per_s": parse_size(size) / 1e6 / seconds,
+        "mb_per_s": parse_bytes(size) / 1e6 / seconds,
         "peak_resident_mb": resident / 1024,
         "peak_anonymous_mb": anonymous / 1024,
     }

@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from maquette.data.readers import CorpusSpec, read
+from maquette.data.corpus_spec import CorpusSpec
+from maquette.data.readers import read
 from maquette.data.sampled_rows import crops
 from maquette.data.surface_forms import Decomposer
 from maquette.data.tokenizer_sampler import TokenizerSampler

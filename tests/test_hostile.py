@@ -18,7 +18,9 @@ from maquette.cli import main
 from maquette.config import MAX_YAML_BYTES, load_yaml, parse_yaml, set_dotted
 from maquette.data import streams
 from maquette.data.cache import built_once
-from maquette.data.readers import CorpusSpec, ReadReport, read
+from maquette.data.corpus_spec import CorpusSpec
+from maquette.data.readers import read
+from maquette.data.streams import ReadReport
 from maquette.errors import BadInput, RunFailed
 from maquette.study.audit import load_any
 from maquette.study.store import Store
@@ -146,7 +148,9 @@ def test_bad_files_end_with_status_two_naming_file_key_and_mend(tmp_path, capsys
 
 READ = """
 import sys
-from maquette.data.readers import CorpusSpec, ReadReport, read
+from maquette.data.corpus_spec import CorpusSpec
+from maquette.data.readers import read
+from maquette.data.streams import ReadReport
 from maquette.errors import BadInput
 report = ReadReport()
 try:
@@ -158,7 +162,8 @@ except BadInput as error:
 
 READ_AGAIN = """
 import sys
-from maquette.data.readers import CorpusSpec, read
+from maquette.data.corpus_spec import CorpusSpec
+from maquette.data.readers import read
 from maquette.errors import BadInput
 for _ in range(900):
     try:

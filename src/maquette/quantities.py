@@ -1,4 +1,4 @@
-"""Sizes and budgets: how large a model is, and how much may be spent on it."""
+"""Sizes, budgets and bytes: how large a model is, how much may be spent, how much text is read."""
 
 from __future__ import annotations
 
@@ -106,3 +106,18 @@ class Budget:
 
     def __str__(self) -> str:
         return f"{self.amount:.12g}{self.unit}"
+
+
+# --- bytes ---------------------------------------------------------------------------------------
+
+_BYTES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_BYTES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size such as `64MB` or `1.5 GiB`; raises ValueError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    n_bytes = float(match[1]) * _BYTES.get(match[2].upper(), 0) if match else 0.0
+    if not 0 < n_bytes < float("inf"):
+        raise ValueError(f"`{text[:80]}` is not a size (write 64MB, 1.5GB or 512KiB)")
+    return int(n_bytes)

@@ -9,7 +9,8 @@ import pytest
 from maquette.data import installed
 from maquette.data.installed import docstrings
 from maquette.data.python_source import functions, token_kinds
-from maquette.data.readers import ReadReport, read
+from maquette.data.readers import read
+from maquette.data.streams import ReadReport
 from maquette.errors import BadInput
 
 

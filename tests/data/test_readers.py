@@ -10,8 +10,12 @@ import zstandard
 from pydantic import ValidationError
 
 from maquette.data import streams
-from maquette.data.readers import CorpusSpec, ReadReport, parse_size, read, year_of
+from maquette.data.corpus_spec import CorpusSpec
+from maquette.data.formats import year_of
+from maquette.data.readers import read
+from maquette.data.streams import ReadReport
 from maquette.errors import BadInput
+from maquette.quantities import parse_bytes
 
 
 def rows(spec: CorpusSpec | str | Path, report: ReadReport | None = None) -> list[dict]:
@@ -137,8 +141,8 @@ def test_a_larger_limit_holds_every_document_of_a_smaller_one(tmp_path, kind):
 
 
 def test_sizes_and_years_are_parsed_or_refused():
-    assert parse_size("1.5 GiB") == 3 << 29
-    assert parse_size("64MB") == 64_000_000
+    assert parse_bytes("1.5 GiB") == 3 << 29
+    assert parse_bytes("64MB") == 64_000_000
     for bad in ("64 parsecs", "", "-1MB", "0MB"):
         with pytest.raises(ValidationError, match="is not a size"):
             CorpusSpec(path="x", limit=bad)

@@ -9,7 +9,7 @@ import torch
 
 from maquette.data import table
 from maquette.data.corpus import curate
-from maquette.data.readers import within_limit
+from maquette.data.limits import within_limit
 from maquette.data.selection import IndexColumns, Limit, parse_take
 from maquette.data.steps import chosen_rows
 from maquette.errors import BadInput

@@ -24,9 +24,10 @@ from safetensors.torch import save
 
 from maquette import atomic
 from maquette.config import load_yaml, set_dotted, validate
+from maquette.data.corpus_spec import CorpusSpec
 from maquette.data.documents import documents
 from maquette.data.packing import pack
-from maquette.data.readers import CorpusSpec, read
+from maquette.data.readers import read
 from maquette.data.tokenizers import TokenizerSpec, train
 from maquette.errors import MaquetteError
 from maquette.quantities import Budget

@@ -456,7 +456,7 @@ def test_a_surgery_is_replayed_from_its_state_on_a_fresh_model(
 
 def test_ppmi_vectors_come_from_the_stages_corpus_and_the_named_ones(source, tmp_path) -> None:
     from maquette.data.corpus import prepare
-    from maquette.data.readers import CorpusSpec
+    from maquette.data.corpus_spec import CorpusSpec
 
     rng = np.random.default_rng(0)
     words = ["nineteen", "twenty", "one", "two"]

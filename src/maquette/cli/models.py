@@ -39,7 +39,7 @@ def audit(
 
     from maquette import console
     from maquette.config import set_dotted
-    from maquette.data.readers import CorpusSpec
+    from maquette.data.corpus_spec import CorpusSpec
     from maquette.parts import Audit
     from maquette.recipe import parse_part
     from maquette.study.audit import audit_model

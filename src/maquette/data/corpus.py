@@ -21,15 +21,17 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from maquette.data import dedup, table, tokenizers
 from maquette.data.cache import built_once, digest, read_card
+from maquette.data.corpus_spec import CorpusSpec
 from maquette.data.engines import Engine, InProcess
 from maquette.data.packing import PackedTokens, pack
-from maquette.data.readers import CorpusSpec, fingerprint, parse_size, read
+from maquette.data.readers import fingerprint, read
 from maquette.data.split import PARTS, check_split, split
 from maquette.data.steps import DataOp, Progress, Step, run_steps
 from maquette.data.streams import ReadReport
 from maquette.data.table import DROPPED, DocumentWriter, stored
 from maquette.data.tokenizers import TokenizerSpec
 from maquette.errors import BadInput
+from maquette.quantities import parse_bytes
 
 _FORMAT = 2
 EXACT, NEAR = "exact duplicate", "near duplicate"
@@ -326,7 +328,7 @@ def _tokenizer_folder(spec: TokenizerSpec, base: Path, cache: Path, tell: Progre
         key = digest(_FORMAT, spec.model_dump(), source)
 
         def build(to: Path) -> dict[str, Any]:
-            limit = parse_size(spec.sample)
+            limit = parse_bytes(spec.sample)
             tell("train tokenizer", 0, limit)
             batches = table.sample(base / "train.parquet", limit)
             texts = (t for batch in batches for t in batch["text"].to_pylist())

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from maquette.data.readers import CorpusSpec, File, Raw, check_columns, columns, from_record
+from maquette.data.corpus_spec import CorpusSpec, File, Raw
+from maquette.data.formats import check_columns, columns, from_record
 from maquette.data.streams import ReadReport
 from maquette.errors import BadInput, did_you_mean
 

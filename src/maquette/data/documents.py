@@ -8,6 +8,11 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import pyarrow as pa
 
+BATCH_BYTES = 8 << 20
+"""Text in a batch of documents, about."""
+BATCH_ROWS = 4096
+"""Documents in a batch, at most."""
+
 SCHEMA = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),

@@ -17,14 +17,13 @@ import sysconfig
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from maquette.data import streams
+from maquette.data.corpus_spec import CorpusSpec, Raw
+from maquette.data.limits import within_limit
 from maquette.data.streams import ReadReport
 from maquette.errors import BadInput, did_you_mean
-
-if TYPE_CHECKING:
-    from maquette.data.readers import Raw
 
 VARIANTS = ("", "code", "docstrings", "descriptions", "kinds")
 MAX_FILE_BYTES = 1_000_000
@@ -95,7 +94,7 @@ def copyright_year(text: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def read_installed(spec: Any, limit: int | None, report: ReadReport) -> Iterator[Raw]:
+def read_installed(spec: CorpusSpec, limit: int | None, report: ReadReport) -> Iterator[Raw]:
     """Documents of `python:[code|docstrings|descriptions|kinds]`; plain `python:` is code with
     descriptions. `kinds` is code without its docstrings, docstrings and descriptions, each in the
     domain `<kind>/<package>`. Raises BadInput for another variant."""
@@ -110,8 +109,6 @@ def read_installed(spec: Any, limit: int | None, report: ReadReport) -> Iterator
     files = [] if variant == "descriptions" else list(source_files())
     described = list(_descriptions()) if variant in ("", "descriptions", "kinds") else []
     if limit is not None:
-        from maquette.data.readers import within_limit
-
         chosen = within_limit(
             [f[0] for f in files] + [d[0] for d in described],
             [f[3] for f in files] + [len(d[2].encode(errors="replace")) for d in described],
@@ -124,8 +121,6 @@ def read_installed(spec: Any, limit: int | None, report: ReadReport) -> Iterator
         if variant == "kinds"
         else _read_files(files, variant == "docstrings", report)
     )
-    from maquette.data.readers import Raw
-
     prefix = "descriptions/" if variant == "kinds" else ""
     for row_id, domain, text in described:
         yield Raw(row_id, text, prefix + domain, copyright_year(text), "description")
@@ -133,8 +128,6 @@ def read_installed(spec: Any, limit: int | None, report: ReadReport) -> Iterator
 
 def _by_kind(files: list[tuple[str, str, Path, int]], report: ReadReport) -> Iterator[Raw]:
     """Each file as two documents: `code/<id>` without docstrings, and `docstrings/<id>`."""
-    from maquette.data.readers import Raw
-
     for raw in _read_files(files, False, report):
         tree = parse(raw.text or "")
         if tree is None:
@@ -152,8 +145,6 @@ def _by_kind(files: list[tuple[str, str, Path, int]], report: ReadReport) -> Ite
 def _read_files(
     files: list[tuple[str, str, Path, int]], only_docstrings: bool, report: ReadReport
 ) -> Iterator[Raw]:
-    from maquette.data.readers import Raw
-
     for row_id, domain, path, _ in files:
         try:
             data = path.read_bytes()

@@ -16,11 +16,12 @@ from pydantic import Field, model_validator
 
 from maquette.config import Frozen
 from maquette.data.corpus import Corpus, prepare
+from maquette.data.corpus_spec import CorpusSpec
 from maquette.data.dedup import exact_keys
 from maquette.data.domain_groups import matches
 from maquette.data.order import permute, stream_seed
 from maquette.data.packing import PackedTokens
-from maquette.data.readers import CorpusSpec, fingerprint
+from maquette.data.readers import fingerprint
 from maquette.data.tokenizers import TokenizerSpec
 from maquette.errors import BadInput
 

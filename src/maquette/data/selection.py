@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from maquette.data.documents import byte_lengths, hash_ids
-from maquette.data.readers import parse_size
 from maquette.errors import BadInput, did_you_mean
+from maquette.quantities import parse_bytes
 
 TIES = b"maquette.select"
 BASE_COLUMNS = ("row", "key", "bytes")
@@ -46,7 +46,7 @@ def parse_take(text: str, n_bytes: int) -> Limit:
     try:
         if text.strip().replace(".", "").isdigit():
             raise ValueError  # 30 could be a percentage, bytes or documents
-        return Limit(parse_size(text), "bytes")
+        return Limit(parse_bytes(text), "bytes")
     except ValueError:
         raise ValueError(
             f"take must be a share, a size or a number of documents, got `{text}` "

@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from maquette.data.documents import SCHEMA, byte_lengths
-from maquette.data.readers import BATCH_ROWS, first_by_key, limit_keys
+from maquette.data.documents import BATCH_ROWS, SCHEMA, byte_lengths
+from maquette.data.limits import first_by_key, limit_keys
 
 DROPPED = pa.schema(
     [

@@ -17,8 +17,8 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from maquette.data.readers import parse_size
 from maquette.errors import BadInput
+from maquette.quantities import parse_bytes
 
 PAD, BOS, EOS, CLS, SEP, MASK = "[PAD]", "[BOS]", "[EOS]", "[CLS]", "[SEP]", "[MASK]"
 SPECIAL = (PAD, BOS, EOS, CLS, SEP, MASK)
@@ -60,7 +60,7 @@ class TokenizerSpec(BaseModel):
     @field_validator("sample")
     @classmethod
     def _is_size(cls, value: str) -> str:
-        parse_size(value)
+        parse_bytes(value)
         return value
 
     @property

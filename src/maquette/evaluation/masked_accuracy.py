@@ -16,12 +16,12 @@ from maquette.data.corpus import Corpus
 from maquette.data.documents import hash64
 from maquette.data.masking import choose_positions, corrupt_chosen, n_masked
 from maquette.data.order import generator
-from maquette.data.readers import parse_size
 from maquette.data.special import SpecialIds, encoder_ids
 from maquette.data.table import sample
 from maquette.data.tokenizers import Encoder
 from maquette.errors import BadInput
 from maquette.parts import Audit, Card, Ctx, Needs, Subject, register
+from maquette.quantities import parse_bytes
 from maquette.training.heads import gather_positions, masked_lm_logits
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ class MaskedAccuracy(Audit):
         """(document ids, padded arrays) of the rows."""
         documents = [
             row
-            for batch in sample(data.parts["held_out"][0], parse_size(self.read))
+            for batch in sample(data.parts["held_out"][0], parse_bytes(self.read))
             for row in batch.select(["id", "text"]).to_pylist()
             if row["text"]
         ]

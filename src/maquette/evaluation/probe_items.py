@@ -11,8 +11,8 @@ from typing import Literal
 from maquette.data.corpus import Corpus
 from maquette.data.documents import hash64
 from maquette.data.python_source import functions
-from maquette.data.readers import parse_size
 from maquette.data.table import sample
+from maquette.quantities import parse_bytes
 
 PROBE_PARTS = ("train", "dev", "test")
 PASSAGE_CHARS = 400
@@ -41,7 +41,7 @@ def held_out_items(
     """
     documents = [
         row
-        for batch in sample(data.parts["held_out"][0], parse_size(limit))
+        for batch in sample(data.parts["held_out"][0], parse_bytes(limit))
         for row in batch.select(["id", "domain", "text"]).to_pylist()
     ]
     documents.sort(key=lambda row: hash64(row["id"], b"probe"))

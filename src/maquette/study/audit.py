@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from maquette.data.corpus import Corpus, prepare
-from maquette.data.readers import CorpusSpec
+from maquette.data.corpus_spec import CorpusSpec
 from maquette.data.tokenizers import TokenizerSpec
 from maquette.errors import BadInput
 from maquette.evaluation.items import checked

@@ -12,8 +12,8 @@ import torch
 
 from maquette import atomic
 from maquette.data.corpus import curate
+from maquette.data.corpus_spec import CorpusSpec
 from maquette.data.engines import open_engine
-from maquette.data.readers import CorpusSpec
 from maquette.errors import BadInput
 from maquette.parts import Ctx
 from maquette.recipe import parse_data

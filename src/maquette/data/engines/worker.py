@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from maquette.data.readers import BATCH_ROWS
+from maquette.data.documents import BATCH_ROWS
 
 _OK, _FAILED = b"\0", b"\1"
 

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field, field_validator
 
-from maquette.data.readers import parse_size
 from maquette.data.table import sample
 from maquette.data.tokenizers import Encoder, load
 from maquette.errors import BadInput, did_you_mean
@@ -44,6 +43,7 @@ from maquette.evaluation.membership_texts import (
     seen_tokens,
 )
 from maquette.parts import Audit, Card, Ctx, Needs, Subject, register
+from maquette.quantities import parse_bytes
 from maquette.training.pretrained import from_pretrained
 
 if TYPE_CHECKING:
@@ -405,7 +405,7 @@ class MinK(Audit):
         mine = distinct(chosen(train, tokenizer, self.length, self.texts), self.ngram)
         encode, counts = Encoder(tokenizer), np.zeros(n_ids(tokenizer), np.int64)
         taken = np.zeros(len(others), bool)
-        for batch in sample(train, parse_size(self.scan)):
+        for batch in sample(train, parse_bytes(self.scan)):
             chunk = batch["text"].to_pylist()
             taken |= overlapping([t for _, t in others], chunk, self.ngram)
             counts += count_tokens(encode, n_ids(tokenizer), chunk)

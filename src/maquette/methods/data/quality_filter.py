@@ -191,7 +191,8 @@ print(quality_scores(["the theorem holds", "buy cheap offer now"], weights, bias
         return self
 
     def digest_key(self) -> str:
-        from maquette.data.readers import CorpusSpec, fingerprint
+        from maquette.data.corpus_spec import CorpusSpec
+        from maquette.data.readers import fingerprint
 
         named = [*self.positive_files, *self.negative_files]
         content = [fingerprint(CorpusSpec(path=name)) for name in named]

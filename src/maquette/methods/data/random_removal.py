@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from maquette.data.documents import byte_lengths
-from maquette.data.readers import parse_size
 from maquette.data.scores import Mask, drop_rows, hash_bound, hash_uniform, ids_of, kept_rows
 from maquette.errors import BadInput
 from maquette.parts import Card, Ctx, DataOp, State, register
+from maquette.quantities import parse_bytes
 
 
 def seed_salt(seed: int) -> bytes:
@@ -90,7 +90,7 @@ print(sizes[removed].sum())  # 10000
                 "give one of `fraction` (of the bytes), `keep` (bytes) and `like` (an operation)"
             )
         if self.keep is not None:
-            parse_size(self.keep)
+            parse_bytes(self.keep)
         if self.like is not None:
             self.model()
         return self
@@ -121,7 +121,7 @@ print(sizes[removed].sum())  # 10000
         if self.like is not None:
             target = self._removed_by_model(sample, ctx)
         elif self.keep is not None:
-            target = float(total - parse_size(self.keep))
+            target = float(total - parse_bytes(self.keep))
             if target < 0:
                 raise BadInput(
                     f"{self.keep} is more than the {total} bytes there are",

@@ -22,12 +22,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from maquette.data.readers import CorpusSpec, parse_size, read
+from maquette.data.corpus_spec import CorpusSpec
+from maquette.data.readers import read
 from maquette.data.table import sample
 from maquette.data.token_strings import n_rows
 from maquette.data.word_vectors import WordVectors, ppmi_svd, read_vec
 from maquette.errors import BadInput
 from maquette.parts import Card, Ctx, Needs, State, Surgery, register
+from maquette.quantities import parse_bytes
 from maquette.training.embedding_init import Transfer, copy_transfer, fvt_transfer
 from maquette.training.factorised_embedding import densify
 from maquette.training.similarity_transfer import neighbours, ofa_transfer
@@ -274,7 +276,7 @@ class OfaSurgery(Surgery):
 
     def _texts(self, ctx: Ctx) -> Iterator[str]:
         if ctx.corpus is not None:
-            for batch in sample(ctx.corpus.parts["train"][0], parse_size(self.word_sample)):
+            for batch in sample(ctx.corpus.parts["train"][0], parse_bytes(self.word_sample)):
                 yield from batch["text"].to_pylist()
         for spec in self.word_corpora:
             for batch in read(spec):

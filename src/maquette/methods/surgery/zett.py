@@ -25,13 +25,15 @@ from safetensors.torch import load_model, save_model
 
 from maquette.config import Frozen
 from maquette.data.cache import built_once, digest, read_card
-from maquette.data.readers import CorpusSpec, parse_size, read
+from maquette.data.corpus_spec import CorpusSpec
+from maquette.data.readers import read
 from maquette.data.surface_forms import surface_forms
 from maquette.data.table import sample
 from maquette.data.tokenizer_sampler import TokenizerSampler
 from maquette.data.tokenizers import content_digest
 from maquette.errors import BadInput
 from maquette.parts import Card, Ctx, Needs, State, Surgery, register
+from maquette.quantities import parse_bytes
 from maquette.training.hyper_embedding import HyperConfig, HyperEmbedding
 from maquette.training.hypernet_training import Plan, identity_loss, overlap_loss, train_hypernet
 from maquette.training.ledger import Ledger
@@ -296,7 +298,7 @@ class ZeroShotTransfer(Surgery):
                 parts = ctx.corpus.documents("held_out")
                 held_out = {name for batch in parts for name in batch["id"].to_pylist()}
         elif ctx.corpus is not None:
-            batches = list(sample(ctx.corpus.parts["train"][0], parse_size(self.sample)))
+            batches = list(sample(ctx.corpus.parts["train"][0], parse_bytes(self.sample)))
         else:
             raise BadInput(
                 "there is no text to train the hypernetwork on",

@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from maquette.data.corpus import Corpus, prepare
+from maquette.data.corpus_spec import CorpusSpec
 from maquette.data.order import stream_seed
-from maquette.data.readers import CorpusSpec
 from maquette.data.tokenizers import TokenizerSpec
 from maquette.errors import BadInput
 from maquette.parts import Ctx, DataOp, Head, Selector, Workload
