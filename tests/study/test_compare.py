@@ -1,9 +1,12 @@
 """A whole small study: runs, verdicts, report, cache, failure, two processes at once."""
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -216,21 +219,36 @@ def test_two_processes_on_one_study_both_succeed_and_agree(world, tmp_path):
     assert len(runs) == 6
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_workers_end_with_the_process_that_started_them(world, tmp_path):
     (tmp_path / "cache").symlink_to(world.folder / "cache", target_is_directory=True)
     path = tmp_path / "rates.yaml"
     path.write_text(yaml.safe_dump(data(world, budget="100000step")))
     command = [sys.executable, "-m", "maquette", "compare", str(path), "--on", "local:2"]
     command += ["--home", str(tmp_path), "--device", "cpu"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as parent:
+    env = os.environ | {"MAQUETTE_STARTED_IN": str(tmp_path)}  # all that it starts inherits this
+    silent = subprocess.DEVNULL
+    with subprocess.Popen(command, stdout=silent, stderr=silent, env=env) as parent:
+        assert _processes_with(str(tmp_path)) == [str(parent.pid)]
         store = _wait(lambda: (tmp_path / "index.sqlite").exists() and Store(tmp_path))
         assert store
         _wait(lambda: store.list_runs(status="running"))
         parent.kill()
+    assert _wait(lambda: not _processes_with(str(tmp_path)))
     # A claim whose process is dead can be taken; one of a living orphan cannot.
     waiting = [run.digest for run in store.list_runs(status="running")]
     assert waiting
     assert _wait(lambda: all(store.claim(digest, "test") for digest in waiting))
+
+
+def _processes_with(home):
+    """Processes that were started with this in their environment."""
+    found = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if f"MAQUETTE_STARTED_IN={home}".encode() in environ.read_bytes():
+                found.append(environ.parent.name)
+    return found
 
 
 def _wait(holds, seconds=120):

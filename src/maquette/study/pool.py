@@ -119,7 +119,7 @@ def _run_spread(
     # Spawned, not forked: a fork would inherit torch's thread pools in an undefined state.
     context = multiprocessing.get_context("spawn")
     threads = options.threads or max(1, (os.cpu_count() or 1) // workers)
-    told: Any = context.Manager().Queue()
+    told = context.Queue()
     with ProcessPoolExecutor(
         workers, context, initializer=_start_worker, initargs=(threads, told)
     ) as pool:
@@ -154,6 +154,7 @@ _told: Any = None
 def _start_worker(threads: int, told: Any) -> None:
     global _told
     _told = told
+    _told.cancel_join_thread()  # at the end nobody reads what is left
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     import torch
 
