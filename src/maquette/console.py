@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from maquette.study.report import quantity
 from maquette.training.loop import Progress as Step
 
 LINE_EVERY = 10.0
+UNFOLDED = 10_000
 
 
 class StudyProgress:
@@ -93,13 +95,16 @@ class StudyProgress:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "") -> None:
-    """Print a table on stdout."""
+    """Print a table on stdout: folded to a terminal, a whole row a line elsewhere."""
     shown = Table(title=title or None, show_edge=False, pad_edge=False, title_justify="left")
     for column in columns:
         shown.add_column(column, overflow="fold")
     for row in rows:
         shown.add_row(*(str(cell) for cell in row))
-    Console().print(shown)
+    out = Console()
+    if not out.is_terminal and "COLUMNS" not in os.environ:
+        out = Console(width=UNFOLDED)
+    out.print(shown)
 
 
 def facts(values: Mapping[str, Any]) -> None:

@@ -1,8 +1,10 @@
-"""What a recipe would cost, before it runs: one real step is counted and timed, nothing is kept."""
+"""What a recipe would cost, before it runs: a few real steps are counted, timed and forgotten."""
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,13 +15,16 @@ from maquette.study.models import build
 from maquette.study.store import Store
 from maquette.training import loop
 
+TIMED_SECONDS = 2.0
+
 
 @dataclass(frozen=True)
 class StagePlan:
     """One stage as it would run.
 
     weights: parameters of the main model. memory: bytes of weights, gradients and optimiser state
-    (activations come on top). seconds: at the speed of the one step that was timed.
+    (activations come on top). seconds: a first step, compilation included, and the rest at the
+    median speed of the steps after it.
     """
 
     stage: str
@@ -56,11 +61,10 @@ def _plan_stage(stage: Stage, store: Store, options: Options) -> StagePlan:
         stage, corpus, model, ctx, choose_precision_for(options, device), options.settings, None
     )
     batches = feeder.batches(0)
-    start = time.perf_counter()
-    stage.optim.step(run, batches)
+    first, later = _time_steps(lambda: stage.optim.step(run, batches))
     flops = run.horizon.steps * run.horizon.flops_per_step + run.horizon.side_flops
     # A feed's refreshes are reckoned at the speed of the step.
-    seconds = (time.perf_counter() - start) * flops / run.horizon.flops_per_step
+    seconds = max(0.0, first - later) + later * flops / run.horizon.flops_per_step
     causes = run.costs.of(batches, stage.objective.phase(run.clock), stage.optim.phase(0))
     price = options.settings.usd_per_hour
     return StagePlan(
@@ -78,6 +82,18 @@ def _plan_stage(stage: Stage, store: Store, options: Options) -> StagePlan:
         seconds=seconds,
         usd=None if price is None else seconds / 3600 * price,
     )
+
+
+def _time_steps(step: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of a first step, and of one after it: the first compiles and fills caches."""
+    taken: list[float] = []
+    while len(taken) < 2 or (len(taken) < 9 and sum(taken[1:]) < TIMED_SECONDS):
+        start = time.perf_counter()
+        step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - start)
+    return taken[0], statistics.median(taken[1:])
 
 
 def _held_bytes(run: loop.LiveRun) -> int:
