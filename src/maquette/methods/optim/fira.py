@@ -11,23 +11,17 @@ paper's text, where the released code subtracts only the share `scale` of the pr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from maquette.parts import Card, Needs, Optim, register
+from maquette.parts import Card, register
 from maquette.schedules import Horizon
-from maquette.training.layers import projected_groups
-from maquette.training.projection import (
-    add_back_,
-    check_group,
-    dense_step,
-    projected_directions,
-    restore_exactly,
-)
+from maquette.training.projection import Direction, add_back_
+from maquette.training.subspace_optim import SubspaceAdamW, SubspaceOptim
 
 Residual = Literal["released", "orthogonal"]
 
@@ -61,7 +55,7 @@ def limit_growth_(E: Tensor, last: Tensor | None, gamma: float) -> Tensor:
     return norm * factor
 
 
-class FiraAdamW(torch.optim.Optimizer):
+class FiraAdamW(SubspaceAdamW):
     """AdamW whose groups with a `rank` keep their moments in a subspace but move in full rank.
 
     params: groups; one with `rank: int` takes matrices only and is projected, one without is
@@ -104,7 +98,6 @@ class FiraAdamW(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        check_group(group)
         if not group["gamma"] > 1:
             raise ValueError(f"gamma must be above 1, got {group['gamma']} (the paper uses 1.01)")
         if group["residual"] not in ("released", "orthogonal"):
@@ -112,65 +105,24 @@ class FiraAdamW(torch.optim.Optimizer):
                 f"residual must be 'released' or 'orthogonal', got {group['residual']!r}"
             )
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            if group["rank"] is None:
-                dense_step(self.state, group)
-                continue
-            scale = group["scale"]
-            share = scale if group["residual"] == "released" else 1.0
-            for d in projected_directions(self.state, group):
-                state = self.state[d.p]
-                E = scaled_residual(d.G, d.g, d.N, d.P, share)
-                state["residual_norm"] = limit_growth_(
-                    E, state.get("residual_norm"), group["gamma"]
-                )
-                add_back_(d.p, d.N, d.P, alpha=-d.size * scale)
-                d.p.add_(E, alpha=-d.size)
-        return loss
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        super().load_state_dict(dict(state_dict))
-        restore_exactly(self, state_dict)
+    def move(self, d: Direction, group: Mapping[str, Any]) -> None:
+        state, scale = self.state[d.p], group["scale"]
+        share = scale if group["residual"] == "released" else 1.0
+        E = scaled_residual(d.G, d.g, d.N, d.P, share)
+        state["residual_norm"] = limit_growth_(E, state.get("residual_norm"), group["gamma"])
+        add_back_(d.p, d.N, d.P, alpha=-d.size * scale)
+        d.p.add_(E, alpha=-d.size)
 
 
 @register("fira")
-class Fira(Optim):
+class Fira(SubspaceOptim):
     """GaLore plus the scaled, growth-limited residual; AdamW for everything outside the blocks."""
 
-    learning_rate: float | None = Field(0.01, gt=0)
-    """Peak rate of the block matrices; the paper uses 0.01."""
-    embedding_rate: float | None = Field(None, gt=0)
-    """Peak rate of embeddings, norms and head; None takes `learning_rate`."""
-    weight_decay: float = Field(0.0, ge=0)
-    """Decoupled decay of matrices; the paper uses 0."""
-    rank: int | None = Field(None, ge=1)
-    """Rank r of the subspace; None takes `rank_fraction` of each matrix's narrower side."""
-    rank_fraction: float = Field(0.25, gt=0, le=1)
-    """Used when `rank` is None; the paper's ranks are about a quarter of the width."""
-    gap: int = Field(200, ge=1)
-    """Steps between two projectors; the paper uses 200."""
-    scale: float = Field(0.25, gt=0)
-    """alpha: factor of the projected update; the paper uses 0.25, and 0.0625 at 1B weights."""
     residual: Residual = "released"
     """released: G - alpha * projection, as in the official code; orthogonal: G - projection."""
     gamma: float = Field(1.01, gt=1)
     """Largest growth of the residual's norm from step to step; the paper uses 1.01."""
-    reset_moments: bool = False
-    """Start Adam's moments anew with each projector; the paper keeps them."""
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.999, ge=0, lt=1)
-    eps: float = Field(1e-6, gt=0)
 
-    needs: ClassVar[Needs] = Needs(
-        scale="ddp", clashes=frozenset({"low-rank", "sltrain", "relora"})
-    )
     card: ClassVar[Card] = Card(
         title="Fira",
         paper="Chen et al., 2024, preprint",
@@ -211,29 +163,6 @@ optimizer.step()
 """,
     )
 
-    def groups(self, model: nn.Module, extra: nn.ModuleDict) -> list[dict[str, Any]]:
-        """Block matrices by rank, then other matrices, then vectors."""
-        return projected_groups(
-            (model, extra),
-            rank=self.rank,
-            rank_fraction=self.rank_fraction,
-            rate=self.learning_rate,
-            embedding_rate=self.embedding_rate,
-            weight_decay=self.weight_decay,
-        )
-
     def build(self, groups: list[dict[str, Any]], horizon: Horizon) -> torch.optim.Optimizer:
-        return FiraAdamW(
-            groups,
-            lr=groups[0].get("peak_lr", 1e-2),
-            betas=(self.beta1, self.beta2),
-            eps=self.eps,
-            gap=self.gap,
-            scale=self.scale,
-            residual=self.residual,
-            gamma=self.gamma,
-            reset_moments=self.reset_moments,
-        )
-
-    def phase(self, step: int) -> str:
-        return "refresh" if step % self.gap == 0 else ""
+        settings = self.settings(groups)
+        return FiraAdamW(groups, residual=self.residual, gamma=self.gamma, **settings)

@@ -12,26 +12,18 @@ stale; it is off, as in the paper.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
-from torch import nn
 
-from maquette.parts import Card, Needs, Optim, register
+from maquette.parts import Card, register
 from maquette.schedules import Horizon
-from maquette.training.layers import projected_groups
-from maquette.training.projection import (
-    add_back_,
-    check_group,
-    dense_step,
-    projected_directions,
-    restore_exactly,
-)
+from maquette.training.projection import Direction, add_back_
+from maquette.training.subspace_optim import SubspaceAdamW, SubspaceOptim
 
 
-class GaLoreAdamW(torch.optim.Optimizer):
+class GaLoreAdamW(SubspaceAdamW):
     """AdamW whose groups with a `rank` keep their moments in a subspace of the gradient.
 
     params: groups; one with `rank: int` takes matrices only and is projected, one without is
@@ -68,57 +60,14 @@ class GaLoreAdamW(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        check_group(self.param_groups[-1])
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            if group["rank"] is None:
-                dense_step(self.state, group)
-                continue
-            for d in projected_directions(self.state, group):
-                add_back_(d.p, d.N, d.P, alpha=-d.size * group["scale"])
-        return loss
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        super().load_state_dict(dict(state_dict))
-        restore_exactly(self, state_dict)
+    def move(self, d: Direction, group: Mapping[str, Any]) -> None:
+        add_back_(d.p, d.N, d.P, alpha=-d.size * group["scale"])
 
 
 @register("galore")
-class GaLore(Optim):
+class GaLore(SubspaceOptim):
     """Adam in a low-rank subspace of each block matrix's gradient; AdamW for everything else."""
 
-    learning_rate: float | None = Field(0.01, gt=0)
-    """Peak rate of the projected matrices, before `scale`; the paper uses 0.01."""
-    embedding_rate: float | None = Field(None, gt=0)
-    """Peak rate of embeddings, norms and head; None takes `learning_rate`, undamped by `scale`."""
-    weight_decay: float = Field(0.0, ge=0)
-    """Decoupled decay of matrices; the paper uses 0."""
-    rank: int | None = Field(None, ge=1)
-    """Rank r of the subspace; None takes `rank_fraction` of each matrix's narrower side."""
-    rank_fraction: float = Field(0.25, gt=0, le=1)
-    """Used when `rank` is None; the paper's ranks are about a quarter of the width."""
-    gap: int = Field(200, ge=1)
-    """Steps between two projectors; the paper uses 200."""
-    scale: float = Field(0.25, gt=0)
-    """alpha: factor of the projected update; the paper uses 0.25."""
-    reset_moments: bool = False
-    """Start Adam's moments anew with each projector; the paper keeps them."""
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.999, ge=0, lt=1)
-    eps: float = Field(1e-6, gt=0)
-
-    needs: ClassVar[Needs] = Needs(
-        scale="ddp", clashes=frozenset({"low-rank", "sltrain", "relora"})
-    )
     card: ClassVar[Card] = Card(
         title="GaLore",
         paper="Zhao et al., 2024, ICML",
@@ -158,27 +107,5 @@ optimizer.step()
 """,
     )
 
-    def groups(self, model: nn.Module, extra: nn.ModuleDict) -> list[dict[str, Any]]:
-        """Block matrices by rank, then other matrices, then vectors."""
-        return projected_groups(
-            (model, extra),
-            rank=self.rank,
-            rank_fraction=self.rank_fraction,
-            rate=self.learning_rate,
-            embedding_rate=self.embedding_rate,
-            weight_decay=self.weight_decay,
-        )
-
     def build(self, groups: list[dict[str, Any]], horizon: Horizon) -> torch.optim.Optimizer:
-        return GaLoreAdamW(
-            groups,
-            lr=groups[0].get("peak_lr", 1e-2),
-            betas=(self.beta1, self.beta2),
-            eps=self.eps,
-            gap=self.gap,
-            scale=self.scale,
-            reset_moments=self.reset_moments,
-        )
-
-    def phase(self, step: int) -> str:
-        return "refresh" if step % self.gap == 0 else ""
+        return GaLoreAdamW(groups, **self.settings(groups))
