@@ -27,6 +27,7 @@ from maquette.data.denoising import (
 from maquette.data.denoising_tasks import Layout, as_arrays, reserved_ids
 from maquette.errors import BadInput
 from maquette.parts import Audit, Card, Ctx, Needs, Subject, register
+from maquette.training.denoising_objective import DenoisingObjective
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -215,15 +216,18 @@ class Infill(Audit):
         }[task]
         if given != "auto":
             return given
-        mode_for = getattr(subject.objective, "mode_for", None)
-        return mode_for(TASKS[task].family) if mode_for else None
+        objective = subject.objective
+        if isinstance(objective, DenoisingObjective):
+            return objective.mode_for(TASKS[task].family)
+        return None
 
     def _marked(self, task: TaskName, subject: Subject) -> bool:
         if task != "continuation":
             return True
         if self.continuation_sentinel is not None:
             return self.continuation_sentinel
-        return bool(getattr(subject.objective, "continues_with_sentinel", False))
+        objective = subject.objective
+        return isinstance(objective, DenoisingObjective) and objective.continues_with_sentinel
 
     def _split(
         self,

@@ -10,25 +10,18 @@ form has no end token between prefix and suffix. The mathematics is in `maquette
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
-import numpy as np
 from pydantic import Field
 
 from maquette.data.denoising_tasks import (
     Layout,
     Task,
-    collate_tasks,
-    joint_layout,
     prefix_task,
-    reserved_tokens,
 )
 from maquette.errors import BadInput
-from maquette.parts import Batch, Card, Clock, Ctx, Examples, Loss, Needs, Objective, register
-
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedModel
+from maquette.parts import Card, register
+from maquette.training.denoising_objective import DenoisingObjective
 
 _EXAMPLE = """\
 import numpy as np, torch
@@ -47,10 +40,9 @@ target_loss(*target_logits(model, batch)).backward()
 
 
 @register("prefix-lm")
-class PrefixLanguageModelling(Objective):
+class PrefixLanguageModelling(DenoisingObjective):
     """Read a prefix both ways, predict the rest left to right."""
 
-    needs: ClassVar[Needs] = Needs(workloads=frozenset({"text/seq2seq", "text/causal"}))
     card: ClassVar[Card] = Card(
         title="Prefix language modelling",
         paper="Raffel et al., 2020, JMLR",
@@ -77,47 +69,15 @@ class PrefixLanguageModelling(Objective):
     Table 1)."""
     n_sentinels: int = Field(128, ge=0)
     """Sentinels reserved in the vocabulary and never trained; as many as the other arms have."""
-    causal_input: bool = False
-    """Decoder-only: read the prefix left to right instead of both ways."""
 
-    continues_with_sentinel: ClassVar[bool] = False
+    def layout(self, length: int, *, joint: bool = False) -> Layout:
+        return Layout(length, joint=joint)
 
-    def special_tokens(self) -> tuple[str, ...]:
-        return reserved_tokens(self.n_sentinels)
-
-    def mode_for(self, family: str) -> str | None:
-        """The mode token of a denoiser family (`R`, `S`, `X`); this objective has none."""
-        return None
-
-    def _task(self, layout: Layout) -> Task:
+    def tasks(self, layout: Layout) -> tuple[Task]:
         hides: Literal["uniform_suffix", "quarter_suffix"] = (
             "uniform_suffix" if self.s_denoiser == "uniform_prefix" else "quarter_suffix"
         )
         try:
-            return prefix_task(hides, layout)
+            return (prefix_task(hides, layout),)
         except ValueError as error:
             raise BadInput(str(error), key="objective", mend="raise `workload.length`") from None
-
-    def window(self, length: int) -> int:
-        return self._task(Layout(length)).raw
-
-    def collate(self, examples: Examples, ctx: Ctx, rng: np.random.Generator) -> Batch:
-        layout = Layout(ctx.length, joint=joint_layout(ctx))
-        return collate_tasks(
-            examples,
-            ctx,
-            rng,
-            tasks=[self._task(layout)],
-            choice_B=np.zeros(len(examples), np.int64),
-            layout=layout,
-            n_sentinels=self.n_sentinels,
-        )
-
-    def loss(
-        self, model: PreTrainedModel, extra: nn.ModuleDict, batch: Batch, clock: Clock
-    ) -> Loss:
-        from maquette.training.prefix_attention import target_logits, target_loss
-
-        logits, labels = target_logits(model, batch.tensors, causal_input=self.causal_input)
-        total = target_loss(logits, labels)
-        return Loss(total)

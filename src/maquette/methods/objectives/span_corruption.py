@@ -11,26 +11,19 @@ The mathematics is in `maquette.data.denoising`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-import numpy as np
 from pydantic import Field
 
 from maquette.data.denoising_tasks import (
     Layout,
     Task,
     check_sentinels,
-    collate_tasks,
-    joint_layout,
-    reserved_tokens,
     span_task,
 )
 from maquette.errors import BadInput
-from maquette.parts import Batch, Card, Clock, Ctx, Examples, Loss, Needs, Objective, register
-
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedModel
+from maquette.parts import Card, register
+from maquette.training.denoising_objective import DenoisingObjective
 
 _EXAMPLE = """\
 import numpy as np, torch
@@ -50,10 +43,9 @@ loss.backward()
 
 
 @register("span-corruption")
-class SpanCorruption(Objective):
+class SpanCorruption(DenoisingObjective):
     """Hide short spans, rebuild them (T5)."""
 
-    needs: ClassVar[Needs] = Needs(workloads=frozenset({"text/seq2seq", "text/causal"}))
     card: ClassVar[Card] = Card(
         title="Span corruption",
         paper="Raffel et al., 2020, JMLR",
@@ -89,19 +81,10 @@ class SpanCorruption(Objective):
     """Put one more sentinel before the target's end token; T5 leaves it out."""
     n_sentinels: int = Field(128, ge=1)
     """Sentinels reserved in the vocabulary; T5 has 100, UL2 at length 512 needs 128."""
-    causal_input: bool = False
-    """Decoder-only: read the input left to right instead of both ways."""
 
     continues_with_sentinel: ClassVar[bool] = True
 
-    def special_tokens(self) -> tuple[str, ...]:
-        return reserved_tokens(self.n_sentinels)
-
-    def mode_for(self, family: str) -> str | None:
-        """The mode token of a denoiser family (`R`, `S`, `X`); this objective has none."""
-        return None
-
-    def _layout(self, length: int, joint: bool) -> Layout:
+    def layout(self, length: int, *, joint: bool = False) -> Layout:
         return Layout(
             length,
             joint=joint,
@@ -109,34 +92,10 @@ class SpanCorruption(Objective):
             closing_sentinel=self.closing_sentinel,
         )
 
-    def _task(self, layout: Layout) -> Task:
+    def tasks(self, layout: Layout) -> tuple[Task]:
         try:
             task = span_task("R", self.mean_span, self.rate, layout)
         except ValueError as error:
             raise BadInput(str(error), key="objective", mend="raise `workload.length`") from None
         check_sentinels([task], layout, self.n_sentinels)
-        return task
-
-    def window(self, length: int) -> int:
-        return self._task(self._layout(length, joint=False)).raw
-
-    def collate(self, examples: Examples, ctx: Ctx, rng: np.random.Generator) -> Batch:
-        layout = self._layout(ctx.length, joint_layout(ctx))
-        return collate_tasks(
-            examples,
-            ctx,
-            rng,
-            tasks=[self._task(layout)],
-            choice_B=np.zeros(len(examples), np.int64),
-            layout=layout,
-            n_sentinels=self.n_sentinels,
-        )
-
-    def loss(
-        self, model: PreTrainedModel, extra: nn.ModuleDict, batch: Batch, clock: Clock
-    ) -> Loss:
-        from maquette.training.prefix_attention import target_logits, target_loss
-
-        logits, labels = target_logits(model, batch.tensors, causal_input=self.causal_input)
-        total = target_loss(logits, labels)
-        return Loss(total)
+        return (task,)

@@ -23,23 +23,19 @@ from pydantic import Field, field_validator, model_validator
 
 from maquette.config import Frozen
 from maquette.data.denoising_tasks import (
-    FAMILIES,
     MODE_TOKENS,
     Family,
     Layout,
     Task,
     check_sentinels,
-    collate_tasks,
-    joint_layout,
     prefix_task,
-    reserved_tokens,
     span_task,
 )
 from maquette.errors import BadInput
-from maquette.parts import Batch, Card, Clock, Ctx, Examples, Loss, Needs, Objective, register
+from maquette.parts import Card, register
+from maquette.training.denoising_objective import DenoisingObjective
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
@@ -142,10 +138,9 @@ model(**batch).loss.backward()
 
 
 @register("ul2")
-class MixtureOfDenoisers(Objective):
+class MixtureOfDenoisers(DenoisingObjective):
     """UL2's mixture of denoisers (Tay et al., 2022, arXiv:2205.05131)."""
 
-    needs: ClassVar[Needs] = Needs(workloads=frozenset({"text/seq2seq", "text/causal"}))
     card: ClassVar[Card] = Card(
         title="UL2: mixture of denoisers",
         paper="Tay et al., 2022, ICLR 2023",
@@ -196,12 +191,8 @@ class MixtureOfDenoisers(Objective):
     n_sentinels: int = Field(128, ge=1)
     """Sentinels reserved in the vocabulary. T5 has 100, but mean span 3 at rate 0.5 needs 128 at
     length 512, where the T5 code runs on into the ids of ordinary tokens."""
-    causal_input: bool = False
-    """Decoder-only: read the input left to right instead of both ways."""
     normalise: Literal["tokens", "rows"] = "tokens"
     """Mean over all target tokens of the batch (paper), or over rows of each row's mean."""
-
-    continues_with_sentinel: ClassVar[bool] = False
 
     @field_validator("mode_tokens")
     @classmethod
@@ -222,14 +213,14 @@ class MixtureOfDenoisers(Objective):
         draw_denoisers(self.rates, 0, np.random.default_rng(0))
         return self
 
-    def special_tokens(self) -> tuple[str, ...]:
-        return reserved_tokens(self.n_sentinels, self.mode_tokens)
+    def modes(self) -> tuple[str, str, str] | None:
+        return self.mode_tokens
 
-    def mode_for(self, family: str) -> str | None:
-        """The mode token of a denoiser family (`R`, `S`, `X`), or None without mode tokens."""
-        if self.mode_tokens is None:
-            return None
-        return dict(zip(FAMILIES, self.mode_tokens, strict=True))[family]  # type: ignore[index]
+    def mean_over(self) -> Literal["tokens", "rows"]:
+        return self.normalise
+
+    def draw(self, n_rows: int, rng: np.random.Generator) -> np.ndarray:
+        return draw_denoisers(self.rates or (1.0,) * len(self.denoisers), n_rows, rng)
 
     def layout(self, length: int, *, joint: bool = False) -> Layout:
         return Layout(
@@ -243,33 +234,6 @@ class MixtureOfDenoisers(Objective):
     def tasks(self, layout: Layout) -> tuple[Task, ...]:
         """Each denoiser with its lengths. Raises BadInput naming the one that does not fit."""
         return _tasks(self.denoisers, self.s_denoiser, self.long_spans, self.n_sentinels, layout)
-
-    def window(self, length: int) -> int:
-        return max(t.raw for t in self.tasks(self.layout(length)))
-
-    def collate(self, examples: Examples, ctx: Ctx, rng: np.random.Generator) -> Batch:
-        layout = self.layout(ctx.length, joint=joint_layout(ctx))
-        rates = self.rates or (1.0,) * len(self.denoisers)
-        return collate_tasks(
-            examples,
-            ctx,
-            rng,
-            tasks=self.tasks(layout),
-            choice_B=draw_denoisers(rates, len(examples), rng),
-            layout=layout,
-            n_sentinels=self.n_sentinels,
-            mode_tokens=self.mode_tokens,
-            weigh_rows=self.normalise == "rows",
-        )
-
-    def loss(
-        self, model: PreTrainedModel, extra: nn.ModuleDict, batch: Batch, clock: Clock
-    ) -> Loss:
-        from maquette.training.prefix_attention import target_logits, target_loss
-
-        logits, labels = target_logits(model, batch.tensors, causal_input=self.causal_input)
-        total = target_loss(logits, labels, self.normalise)
-        return Loss(total)
 
 
 @lru_cache(maxsize=32)
