@@ -19,19 +19,15 @@ from pydantic import Field
 
 from maquette.data.corpus import Corpus
 from maquette.errors import BadInput
+from maquette.evaluation.probe_audit import ProbeAudit
 from maquette.evaluation.probe_items import PROBE_PARTS, Item, divide, held_out_items, interleaved
 from maquette.evaluation.probing import (
     Labelled,
     PooledHead,
-    body_of,
-    default_rates,
     encode,
-    fine_tune,
-    hidden_width,
-    logits_of,
     metered,
 )
-from maquette.parts import Audit, Card, Ctx, Subject, register
+from maquette.parts import Card, Ctx, Subject, register
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +115,7 @@ print(tuned.dev_accuracy)
 
 
 @register("origin-probe")
-class OriginProbe(Audit):
+class OriginProbe(ProbeAudit):
     """Accuracy at telling which domain a function or passage comes from, after fine-tuning.
 
     Items, classes and split depend on the corpus alone; the fine-tuning's randomness on the seed.
@@ -155,20 +151,8 @@ class OriginProbe(Audit):
     """Items scored, at most."""
     per_document: int = Field(40, ge=1)
     """Items of one document, at most."""
-    min_chars: int = Field(80, ge=1)
-    """Shorter functions and passages are left out."""
-    read: str = "16MB"
-    """Held-out text looked at, chosen by a hash of the document."""
-    epochs: int = Field(3, ge=1)
-    """Passes over the labelled items (ELECTRA: 3)."""
     batch: int = Field(32, ge=1)
     """Items per step (ELECTRA: 32)."""
-    learning_rates: tuple[float, ...] | None = None
-    """Peak rates to choose from; None takes three by the width (`probing.default_rates`)."""
-    layer_decay: float = Field(0.8, gt=0, le=1)
-    """Factor of the rate from a layer to the one below (ELECTRA-Small: 0.8)."""
-    length: int | None = Field(None, ge=8)
-    """Tokens of an item that are read; None takes the model's length."""
 
     def task(self, data: Corpus) -> Task:
         """The items of the probe on this corpus."""
@@ -179,35 +163,19 @@ class OriginProbe(Audit):
         )
 
     def measure(self, subject: Subject, data: Corpus, ctx: Ctx) -> pa.Table:
-        from maquette.training.precision import choose_precision
-
         with metered(ctx.ledger) as count:
             task = self.task(data)
             length = self.length or ctx.length
             sets = {part: _encoded(subject, task, part, length) for part in PROBE_PARTS}
-            body, generator = body_of(subject.model), ctx.rng("eval")
-            width = hidden_width(body)
-            autocast = choose_precision(ctx.device).autocast
-            tuned = fine_tune(
-                body,
-                PooledHead(width, len(task.classes), generator),
-                sets["train"],
-                sets["dev"],
-                learning_rates=self.learning_rates or default_rates(width),
-                epochs=self.epochs,
-                batch=self.batch,
-                generator=generator,
-                device=ctx.device,
-                autocast=autocast,
-                layer_decay=self.layer_decay,
-                count=count,
+            n_classes = len(task.classes)
+            found = self.guesses(
+                subject, sets, ctx, lambda w, rng: PooledHead(w, n_classes, rng), count
             )
-            logits = logits_of(tuned.body, tuned.head, sets["test"], ctx.device, autocast, count)
-        right = (logits.argmax(-1) == sets["test"].labels).double().numpy()
+        right = (found.logits.argmax(-1) == sets["test"].labels).double().numpy()
         chance = max(Counter(task.labels("test").tolist()).values()) / len(right)
         log.info(
             "origin probe: %.3f right of %d items in %d classes (most frequent class %.3f), dev %s",
-            right.mean(), len(right), len(task.classes), chance, dict(tuned.dev_accuracy),
+            right.mean(), len(right), len(task.classes), chance, dict(found.dev_accuracy),
         )  # fmt: skip
         return pa.table(
             {

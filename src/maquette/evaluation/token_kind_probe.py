@@ -15,25 +15,20 @@ from typing import ClassVar, Literal
 import numpy as np
 import pyarrow as pa
 import torch
-from pydantic import Field
 
 from maquette.data.corpus import Corpus
 from maquette.data.python_source import KINDS, token_kinds
 from maquette.errors import BadInput
+from maquette.evaluation.probe_audit import ProbeAudit
 from maquette.evaluation.probe_items import PROBE_PARTS, Item, divide, held_out_items
 from maquette.evaluation.probing import (
     IGNORED,
     Labelled,
     TokenHead,
-    body_of,
-    default_rates,
     encode,
-    fine_tune,
-    hidden_width,
-    logits_of,
     metered,
 )
-from maquette.parts import Audit, Card, Ctx, Subject, register
+from maquette.parts import Card, Ctx, Subject, register
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +100,7 @@ print([NAME_KINDS[k] if k >= 0 else None for k in labels])
 
 
 @register("token-kind-probe")
-class TokenKindProbe(Audit):
+class TokenKindProbe(ProbeAudit):
     """Accuracy at telling the syntactic kind of names in Python functions, after fine-tuning.
 
     Functions and split depend on the corpus alone; the fine-tuning's randomness on the seed. One
@@ -128,29 +123,6 @@ class TokenKindProbe(Audit):
         example=_EXAMPLE,
     )
 
-    labelled: int = Field(200, ge=2)
-    """Functions to fine-tune on, at most."""
-    dev: int = Field(80, ge=1)
-    """Functions the learning rate is chosen on, at most."""
-    test: int = Field(500, ge=1)
-    """Functions scored, at most."""
-    per_document: int = Field(20, ge=1)
-    """Functions of one document, at most."""
-    min_chars: int = Field(80, ge=1)
-    """Shorter functions are left out."""
-    read: str = "16MB"
-    """Held-out text looked at, chosen by a hash of the document."""
-    epochs: int = Field(3, ge=1)
-    """Passes over the labelled functions (ELECTRA: 3, and 10 for tiny tasks)."""
-    batch: int = Field(16, ge=1)
-    """Functions per step."""
-    learning_rates: tuple[float, ...] | None = None
-    """Peak rates to choose from; None takes three by the width (`probing.default_rates`)."""
-    layer_decay: float = Field(0.8, gt=0, le=1)
-    """Factor of the rate from a layer to the one below (ELECTRA-Small: 0.8)."""
-    length: int | None = Field(None, ge=8)
-    """Tokens of a function that are read; None takes the model's length."""
-
     def sets(self, subject: Subject, data: Corpus, length: int) -> dict[str, Names]:
         """The functions of each part. Raises BadInput if there are too few."""
         items, _ = held_out_items(data, "functions", self.min_chars, self.read)
@@ -172,30 +144,13 @@ class TokenKindProbe(Audit):
         return found
 
     def measure(self, subject: Subject, data: Corpus, ctx: Ctx) -> pa.Table:
-        from maquette.training.precision import choose_precision
-
         with metered(ctx.ledger) as count:
             sets = self.sets(subject, data, self.length or ctx.length)
-            body, generator = body_of(subject.model), ctx.rng("eval")
-            width = hidden_width(body)
-            autocast = choose_precision(ctx.device).autocast
-            tuned = fine_tune(
-                body,
-                TokenHead(width, len(NAME_KINDS), generator),
-                sets["train"].data,
-                sets["dev"].data,
-                learning_rates=self.learning_rates or default_rates(width),
-                epochs=self.epochs,
-                batch=self.batch,
-                generator=generator,
-                device=ctx.device,
-                autocast=autocast,
-                layer_decay=self.layer_decay,
-                count=count,
+            labelled = {part: names.data for part, names in sets.items()}
+            found = self.guesses(
+                subject, labelled, ctx, lambda w, rng: TokenHead(w, len(NAME_KINDS), rng), count
             )
-            test = sets["test"]
-            logits = logits_of(tuned.body, tuned.head, test.data, ctx.device, autocast, count)
-        return _rows(test, logits.argmax(-1).numpy(), tuned.dev_accuracy)
+        return _rows(sets["test"], found.logits.argmax(-1).numpy(), found.dev_accuracy)
 
 
 def _rows(test: Names, guess_NT: np.ndarray, dev_accuracy: object) -> pa.Table:
