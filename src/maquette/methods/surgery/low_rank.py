@@ -14,16 +14,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from maquette.parts import Card, Ctx, Needs, State, Surgery, register
+from maquette.parts import Card, Needs, register
+from maquette.training.factorised_surgery import FactorisedSurgery
 from maquette.training.factors import kaiming, rank_of, refactor_, spectral
-from maquette.training.layers import linear_from, merged, replace_linears
+from maquette.training.layers import linear_from
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    pass
 
 Init = Literal["kaiming", "spectral"]
 
@@ -88,15 +88,9 @@ class LowRankLinear(nn.Module):
 
 
 @register("low-rank")
-class LowRank(Surgery):
+class LowRank(FactorisedSurgery):
     """Replace every linear layer inside the blocks by a trained low-rank product."""
 
-    rank: int | None = Field(None, ge=1)
-    """Rank r; None takes `rank_fraction` of each matrix's narrower side."""
-    rank_fraction: float = Field(0.25, gt=0, le=1)
-    """Used when `rank` is None; the paper's ranks are about a quarter of the width."""
-    alpha: float = Field(32.0, gt=0)
-    """s = alpha / r scales the product; the paper uses 32."""
     init: Init = "kaiming"
     """"kaiming" (paper): both factors random. "spectral": from the dense initial weight."""
 
@@ -138,21 +132,5 @@ assert torch.allclose(before, layer.to_linear()(x), atol=1e-5)
 """,
     )
 
-    def fit(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ctx: Ctx) -> State:
-        """The seed from which `apply` draws the factors."""
-        return State(meta={"seed": int(ctx.rng("low-rank").integers(2**62))})
-
-    def apply(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: State
-    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        rng = torch.Generator().manual_seed(state.meta["seed"])
-
-        def make(linear: nn.Linear) -> nn.Module:
-            r = rank_of(linear.weight.shape, self.rank, self.rank_fraction)
-            return LowRankLinear.from_linear(linear, r, rng, self.alpha, self.init)
-
-        return replace_linears(model, make), tokenizer
-
-    def merge(self, model: PreTrainedModel) -> PreTrainedModel:
-        """A copy with every product written out as a dense layer."""
-        return merged(model)
+    def factorise(self, linear: nn.Linear, rank: int, rng: torch.Generator) -> nn.Module:
+        return LowRankLinear.from_linear(linear, rank, rng, self.alpha, self.init)

@@ -16,16 +16,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from maquette.parts import Card, Ctx, Needs, State, Surgery, register
+from maquette.parts import Card, Needs, register
+from maquette.training.factorised_surgery import FactorisedSurgery
 from maquette.training.factors import at_least_fp32, kaiming, rank_of
-from maquette.training.layers import linear_from, merged, replace_linears
+from maquette.training.layers import linear_from
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    pass
 
 
 class ReLoRALinear(nn.Module):
@@ -83,15 +83,8 @@ class ReLoRALinear(nn.Module):
 
 
 @register("relora")
-class ReLoRA(Surgery):
+class ReLoRA(FactorisedSurgery):
     """Freeze every linear layer inside the blocks and train a mergeable product beside it."""
-
-    rank: int | None = Field(None, ge=1)
-    """Rank r; None takes `rank_fraction` of each matrix's narrower side."""
-    rank_fraction: float = Field(0.25, gt=0, le=1)
-    """Used when `rank` is None; the paper's ranks are about a quarter of the width."""
-    alpha: float = Field(32.0, gt=0)
-    """s = alpha / r scales the product; 32 in the benchmark and in the official code."""
 
     needs: ClassVar[Needs] = Needs(clashes=frozenset({"galore", "fira", "low-rank", "sltrain"}))
     card: ClassVar[Card] = Card(
@@ -136,21 +129,5 @@ assert torch.allclose(before, layer(x), atol=1e-5)
 """,
     )
 
-    def fit(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ctx: Ctx) -> State:
-        """The seed from which `apply` draws the first factors."""
-        return State(meta={"seed": int(ctx.rng("relora").integers(2**62))})
-
-    def apply(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: State
-    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        rng = torch.Generator().manual_seed(state.meta["seed"])
-
-        def make(linear: nn.Linear) -> nn.Module:
-            r = rank_of(linear.weight.shape, self.rank, self.rank_fraction)
-            return ReLoRALinear.from_linear(linear, r, rng, self.alpha)
-
-        return replace_linears(model, make), tokenizer
-
-    def merge(self, model: PreTrainedModel) -> PreTrainedModel:
-        """A copy with every product added to its frozen weight, trainable again."""
-        return merged(model)
+    def factorise(self, linear: nn.Linear, rank: int, rng: torch.Generator) -> nn.Module:
+        return ReLoRALinear.from_linear(linear, rank, rng, self.alpha)

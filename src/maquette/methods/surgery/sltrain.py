@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from maquette.parts import Card, Ctx, Needs, State, Surgery, register
+from maquette.parts import Card, Needs, register
+from maquette.training.factorised_surgery import FactorisedSurgery
 from maquette.training.factors import kaiming, rank_of, refactor_, uniform
-from maquette.training.layers import linear_from, merged, replace_linears
+from maquette.training.layers import linear_from
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    pass
 
 
 def dense_weight(B: Tensor, A: Tensor, values: Tensor, support: Tensor, s: float) -> Tensor:
@@ -159,15 +160,9 @@ class SparseLowRankLinear(nn.Module):
 
 
 @register("sltrain")
-class SLTrain(Surgery):
+class SLTrain(FactorisedSurgery):
     """Replace every linear layer inside the blocks by a low-rank product plus a sparse matrix."""
 
-    rank: int | None = Field(None, ge=1)
-    """Rank r; None takes `rank_fraction` of each matrix's narrower side."""
-    rank_fraction: float = Field(0.25, gt=0, le=1)
-    """Used when `rank` is None; the paper's ranks are about a quarter of the width."""
-    alpha: float = Field(32.0, gt=0)
-    """s = alpha / r scales the product; the paper uses 32."""
     delta: float = Field(0.03, gt=0, lt=1)
     """Share of entries in the sparse part; the paper uses 0.03."""
 
@@ -206,21 +201,5 @@ assert torch.allclose(layer(x), layer.to_linear()(x), atol=1e-5)
 """,
     )
 
-    def fit(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ctx: Ctx) -> State:
-        """The seed from which `apply` draws supports and starting values."""
-        return State(meta={"seed": int(ctx.rng("sltrain").integers(2**62))})
-
-    def apply(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: State
-    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        rng = torch.Generator().manual_seed(state.meta["seed"])
-
-        def make(linear: nn.Linear) -> nn.Module:
-            r = rank_of(linear.weight.shape, self.rank, self.rank_fraction)
-            return SparseLowRankLinear.from_linear(linear, r, rng, self.alpha, self.delta)
-
-        return replace_linears(model, make), tokenizer
-
-    def merge(self, model: PreTrainedModel) -> PreTrainedModel:
-        """A copy with every weight written out as a dense layer."""
-        return merged(model)
+    def factorise(self, linear: nn.Linear, rank: int, rng: torch.Generator) -> nn.Module:
+        return SparseLowRankLinear.from_linear(linear, rank, rng, self.alpha, self.delta)
