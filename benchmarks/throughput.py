@@ -45,6 +45,7 @@ from maquette.training.attention import use_fast_attention
 from maquette.training.compiled import compile_seconds, maybe_compile
 from maquette.training.cost import StepCosts, count_all
 from maquette.training.ledger import Ledger
+from maquette.training.live_run import LiveRun
 from maquette.training.precision import Precision, choose_precision
 
 LEARNING_RATE = 5e-5
@@ -160,7 +161,7 @@ class Engine:
         use_fast_attention(model, shape.length, device)
         precision = choose_precision(device, "bf16")
         self.model, self.rows, self.batch = model, rows.numpy(), shape.batch
-        self.run = loop.LiveRun(recipe.last, model, torch.nn.ModuleDict(), ctx, precision)
+        self.run = LiveRun(recipe.last, model, torch.nn.ModuleDict(), ctx, precision)
         self.order = np.random.default_rng(2)
         self.run.costs = StepCosts()
         flops = count_all(self.run, [self.next()])

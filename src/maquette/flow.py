@@ -209,7 +209,7 @@ class Subject:
 
 
 class Run(Protocol):
-    """The live run as an `Optim` or a `Feed` sees it (implemented by `training.loop.LiveRun`).
+    """The live run as an `Optim` or a `Feed` sees it (implemented by `training.live_run.LiveRun`).
 
     selections: what the feed selected so far, by the step from which it holds.
     """

@@ -14,6 +14,7 @@ from maquette.study.execute import Options, choose_precision_for, make_ctx, pick
 from maquette.study.models import build
 from maquette.study.store import Store
 from maquette.training import loop
+from maquette.training.live_run import LiveRun
 
 TIMED_SECONDS = 2.0
 
@@ -96,7 +97,7 @@ def _time_steps(step: Callable[[], object]) -> tuple[float, float]:
     return taken[0], statistics.median(taken[1:])
 
 
-def _held_bytes(run: loop.LiveRun) -> int:
+def _held_bytes(run: LiveRun) -> int:
     weights = sum(p.numel() * p.element_size() for p in run.trainable())
     state = sum(
         t.numel() * t.element_size()

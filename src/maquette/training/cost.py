@@ -19,7 +19,7 @@ from maquette.schedules import Horizon
 from maquette.training.ledger import FlopCounter, Ledger
 
 if TYPE_CHECKING:
-    from maquette.training.loop import LiveRun
+    from maquette.training.live_run import LiveRun
 
 MAX_STEPS = 100_000_000
 LOSS_PHASE_GRID = 100

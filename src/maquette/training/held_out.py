@@ -14,7 +14,7 @@ from maquette.recipe import Stage
 from maquette.training.ledger import Entry, Ledger
 
 if TYPE_CHECKING:
-    from maquette.training.loop import LiveRun
+    from maquette.training.live_run import LiveRun
 
 ROWS_AT_ONCE = 32
 

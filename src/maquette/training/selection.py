@@ -26,7 +26,7 @@ from maquette.training.feeding import Feeder
 from maquette.training.ledger import TRAINING_CAUSES, Ledger
 
 if TYPE_CHECKING:
-    from maquette.training.loop import LiveRun
+    from maquette.training.live_run import LiveRun
 
 log = logging.getLogger(__name__)
 
