@@ -137,37 +137,81 @@ def ppmi_svd(
     The words come in order of falling frequency, ties in alphabetical order.
     Raises ValueError if fewer than three words remain.
     """
-    from scipy.sparse.linalg import svds
-
     ids: dict[str, int] = {}
     documents = [
         np.fromiter((ids.setdefault(w, len(ids)) for w in split_words(t, lowercase=lowercase)), int)
         for t in texts
     ]
-    if dim < 1 or window < 1 or min_count < 1 or max_words < 1:
-        raise ValueError(
-            f"dim, window, min_count and max_words must be >= 1, got "
-            f"{dim}, {window}, {min_count}, {max_words}"
-        )
-    stream = np.concatenate(documents) if documents else np.zeros(0, int)
-    counts = np.bincount(stream, minlength=len(ids))
+    if min_count < 1 or max_words < 1:
+        raise ValueError(f"min_count and max_words must be >= 1, got {min_count}, {max_words}")
+    counts = _counts(documents, len(ids))
     names = list(ids)
     frequent = [i for i in range(len(ids)) if counts[i] >= min_count]
     kept = sorted(frequent, key=lambda i: (-counts[i], names[i]))[:max_words]
+    _check_enough(kept, min_count)
+    vectors = _vectors_of(documents, np.array(kept, int), len(ids), dim, window, power)
+    return WordVectors(tuple(names[i] for i in kept), vectors)
+
+
+def ppmi_svd_of_ids(
+    documents: Sequence[np.ndarray],
+    n_ids: int,
+    *,
+    dim: int = 64,
+    window: int = 5,
+    min_count: int = 5,
+    power: float = 0.5,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same for a vocabulary that is given: float32 (n_ids, d), and bool (n_ids,) covered.
+
+    documents: ids in their order, int64 each; -1 keeps its place and is nobody's neighbour.
+    A rarer id than `min_count` is not covered and has the vector zero.
+    """
+    if min_count < 1:
+        raise ValueError(f"min_count must be >= 1, got {min_count}")
+    covered = _counts(documents, n_ids) >= min_count
+    kept = np.flatnonzero(covered)
+    _check_enough(kept, min_count)
+    vectors = _vectors_of(documents, kept, n_ids, dim, window, power)
+    out = np.zeros((n_ids, vectors.shape[1]), np.float32)
+    out[kept] = vectors
+    return out, covered
+
+
+def _counts(documents: Sequence[np.ndarray], n_ids: int) -> np.ndarray:
+    stream = np.concatenate(documents) if documents else np.zeros(0, int)
+    return np.bincount(stream[stream >= 0], minlength=n_ids)
+
+
+def _check_enough(kept: Sequence[int] | np.ndarray, min_count: int) -> None:
     if len(kept) < 3:
         raise ValueError(
             f"only {len(kept)} words occur {min_count} times or more: "
             "give more text or a smaller min_count"
         )
-    renumber = np.full(len(ids), -1, np.int64)
+
+
+def _vectors_of(
+    documents: Sequence[np.ndarray],
+    kept: np.ndarray,
+    n_ids: int,
+    dim: int,
+    window: int,
+    power: float,
+) -> np.ndarray:
+    """Float32 rows of the ids `kept`, of shape (len(kept), d)."""
+    from scipy.sparse.linalg import svds
+
+    if dim < 1 or window < 1:
+        raise ValueError(f"dim and window must be >= 1, got {dim}, {window}")
+    renumber = np.full(n_ids + 1, -1, np.int64)  # the last entry takes the id -1
     renumber[kept] = np.arange(len(kept))
     matrix = ppmi(cooccurrence([renumber[d] for d in documents], len(kept), window))
     start = np.random.default_rng(0).standard_normal(len(kept))  # ARPACK's start, for equal bits
-    k = min(dim, len(kept) - 1)
-    left, singular, _ = svds(matrix, k=k, v0=start)
+    left, singular, _ = svds(matrix, k=min(dim, len(kept) - 1), v0=start)
     order = np.argsort(-singular)
     vectors = left[:, order] * np.maximum(singular[order], 0.0) ** power
-    return WordVectors(tuple(names[i] for i in kept), vectors.astype(np.float32))
+    return vectors.astype(np.float32)
 
 
 def read_vec(path: Path, *, limit: int | None = None) -> WordVectors:

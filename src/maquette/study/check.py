@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from maquette.study.store import Store
 from maquette.training import loop
 from maquette.training.live_run import LiveRun
 
-TIMED_SECONDS = 2.0
+TIMED_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class StagePlan:
 
     weights: parameters of the main model. memory: bytes of weights, gradients and optimiser state
     (activations come on top). seconds: a first step, compilation included, and the rest at the
-    median speed of the steps after it.
+    speed of the fastest of a few after it.
     """
 
     stage: str
@@ -86,7 +85,10 @@ def _plan_stage(stage: Stage, store: Store, options: Options) -> StagePlan:
 
 
 def _time_steps(step: Callable[[], object]) -> tuple[float, float]:
-    """Seconds of a first step, and of one after it: the first compiles and fills caches."""
+    """Seconds of a first step, which compiles and fills caches, and of the fastest after it.
+
+    The fastest and no mean: other work on the machine makes steps many times slower.
+    """
     taken: list[float] = []
     while len(taken) < 2 or (len(taken) < 9 and sum(taken[1:]) < TIMED_SECONDS):
         start = time.perf_counter()
@@ -94,7 +96,7 @@ def _time_steps(step: Callable[[], object]) -> tuple[float, float]:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         taken.append(time.perf_counter() - start)
-    return taken[0], statistics.median(taken[1:])
+    return taken[0], min(taken[1:])
 
 
 def _held_bytes(run: LiveRun) -> int:

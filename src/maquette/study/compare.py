@@ -42,9 +42,6 @@ from maquette.training.sharding import check_ranks
 if TYPE_CHECKING:
     import torch
 
-if TYPE_CHECKING:
-    import torch
-
 log = logging.getLogger(__name__)
 CURVE_POINTS = 200
 

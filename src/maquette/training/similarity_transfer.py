@@ -1,4 +1,8 @@
-"""New embedding rows from source rows whose word vectors are nearest (OFA, arXiv:2311.08849)."""
+"""New embedding rows from source rows that are alike in some outer space.
+
+OFA (arXiv:2311.08849): the nearest source tokens by the vectors of the words they spell. FOCUS
+(arXiv:2305.14481): the shared tokens, by vectors of the target's own tokens.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from maquette.data.token_strings import n_rows
 from maquette.data.word_vectors import WordVectors
 from maquette.training.embedding_init import (
     COPIED,
@@ -109,6 +114,73 @@ def ofa_transfer(
         target_coverage=float(covered_t.mean()),
         k=used,
         examples=examples,
+    )
+
+
+def sparsemax(scores: Tensor) -> Tensor:
+    """The projection of each row onto the simplex (Martins and Astudillo, 2016, algorithm 1).
+
+    scores: (..., K). Returns weights >= 0 that sum to 1, exactly 0 for all but the highest scores:
+    max(z - tau, 0) with tau = (sum of the k highest - 1) / k for the largest k such that
+    1 + k z_(k) > the sum of the k highest.
+    """
+    ordered = scores.sort(dim=-1, descending=True).values
+    k = torch.arange(1, scores.shape[-1] + 1, device=scores.device, dtype=scores.dtype)
+    total = ordered.cumsum(dim=-1)
+    last = (1 + k * ordered > total).sum(dim=-1, keepdim=True)
+    tau = (total.gather(-1, last - 1) - 1) / last
+    return (scores - tau).clamp(min=0)
+
+
+def focus_transfer(
+    source_tokenizer: PreTrainedTokenizerBase,
+    target_tokenizer: PreTrainedTokenizerBase,
+    vectors_Vd: np.ndarray,
+    covered_V: np.ndarray,
+    *,
+    fuzzy: bool = True,
+    device: torch.device | str = "cpu",
+) -> Transfer:
+    """Shared tokens are copied; a new one is the sparsemax of its cosines with them.
+
+    vectors_Vd: a vector of each target token, float32. covered_V: False where there is none; such
+    a new token is drawn, such a shared one is nobody's neighbour.
+    Raises ValueError if no shared token has a vector.
+    """
+    copied, how = overlap(source_tokenizer, target_tokenizer, fuzzy=fuzzy)
+    has_vector = covered_V & (np.linalg.norm(vectors_Vd, axis=1) > 0)
+    shared = np.flatnonzero(np.isin(how, (COPIED, FUZZY)) & has_vector)
+    if shared.size == 0:
+        raise ValueError(
+            "no token that the vocabularies share occurs often enough in the text to have a "
+            "vector: give text of the target, or use a rule that needs none (`fvt`)"
+        )
+    rows = np.flatnonzero((copied < 0) & has_vector)
+    unit = torch.nn.functional.normalize(torch.from_numpy(vectors_Vd).to(device), dim=1)
+    anchors = unit[torch.from_numpy(shared).to(device)]
+    new_rows, sources, weights = [], [], []
+    chunk = max(1, _SIMILARITIES_PER_CHUNK // shared.size)
+    for start in range(0, rows.size, chunk):
+        here = rows[start : start + chunk]
+        shares = sparsemax(unit[torch.from_numpy(here).to(device)] @ anchors.T).cpu().numpy()
+        row, column = np.nonzero(shares)
+        new_rows.append(here[row])
+        sources.append(copied[shared[column]])
+        weights.append(shares[row, column])
+    terms: dict[str, Any] = {}
+    if rows.size:
+        terms = {
+            "new_rows": np.concatenate(new_rows),
+            "sources": np.concatenate(sources),
+            "weights": np.concatenate(weights),
+        }
+    return from_copies(
+        copied,
+        how,
+        n_rows(source_tokenizer),
+        **terms,
+        target_coverage=float(covered_V.mean()),
+        anchors=int(shared.size),
     )
 
 

@@ -27,12 +27,12 @@ from maquette.data.readers import read
 from maquette.data.table import sample
 from maquette.data.token_strings import n_rows
 from maquette.data.word_vectors import WordVectors, ppmi_svd, read_vec
-from maquette.errors import BadInput
-from maquette.parts import Card, Ctx, Needs, State, Surgery, register
+from maquette.parts import Card, Ctx, Needs, register
 from maquette.quantities import parse_bytes
 from maquette.training.embedding_init import Transfer, copy_transfer, fvt_transfer
 from maquette.training.factorised_embedding import densify
 from maquette.training.similarity_transfer import neighbours, ofa_transfer
+from maquette.training.vocabulary_surgery import VocabularySurgery
 from maquette.training.vocabulary_swap import (
     CarriedTables as OfaInit,
 )
@@ -41,9 +41,6 @@ from maquette.training.vocabulary_swap import (
     carry_tables,
     check_dim,
     config_ids,
-    from_state,
-    source_tables,
-    to_state,
 )
 
 if TYPE_CHECKING:
@@ -130,15 +127,13 @@ print(init.report["interpolated"], merge(model).get_input_embeddings().weight.sh
 
 
 @register("ofa")
-class OfaSurgery(Surgery):
+class OfaSurgery(VocabularySurgery):
     """Give the model another vocabulary, its new rows placed by word vectors (OFA).
 
-    The target tokenizer is that of the stage's workload; the source tokenizer comes with the
-    model the stage starts from. Put it into a stage with `init: {from: ...}`.
+    Put it into a stage with `init: {from: ...}`.
     """
 
     needs: ClassVar[Needs] = Needs(workloads=frozenset({"text/causal", "text/encoder"}))
-    replaces_tokenizer: ClassVar[bool] = True
     card: ClassVar[Card] = Card(
         title="OFA",
         paper="Liu, Lin, Wang and Schuetze, 2023, OFA: A Framework of Initializing Unseen Subword "
@@ -196,53 +191,14 @@ class OfaSurgery(Surgery):
     """Words on each side that count as context for `ppmi`."""
     word_min_count: int = Field(5, ge=1)
     """Words that occur less often get no vector."""
-    drop_padding: bool = False
-    """Allow a source table with more rows than its tokenizer has ids, and leave them out."""
 
-    def fit(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ctx: Ctx) -> State:
-        if ctx.tokenizer is None:
-            raise BadInput(
-                "needs the tokenizer of the stage's workload",
-                key="surgery.ofa",
-                mend="use it in a stage with a text workload",
-            )
-        target = ctx.tokenizer
-        with ctx.ledger.meter("scorer"):
-            try:
-                tables = self._tables(model, tokenizer, target, ctx)
-            except ValueError as error:
-                raise BadInput(str(error), key="surgery.ofa") from error
-        tensors, meta = to_state(tables, target)
-        return State(tensors, meta)
-
-    def apply(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: State
-    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        tables, target = from_state(state.tensors, state.meta)
-        return apply(model, tables), target
+    def factor_size(self) -> int | None:
+        return self.dim
 
     def merge(self, model: PreTrainedModel) -> PreTrainedModel:
         return merge(model)
 
-    def _tables(
-        self,
-        model: PreTrainedModel,
-        source: PreTrainedTokenizerBase,
-        target: PreTrainedTokenizerBase,
-        ctx: Ctx,
-    ) -> OfaInit:
-        own = source_tables(model, source, drop_padding=self.drop_padding)
-        return carry_tables(
-            self._transfer(source, target, ctx, own.input.device),
-            own.input,
-            ctx.rng("ofa"),
-            dim=self.dim,
-            output_embeddings=own.output,
-            output_bias=own.bias,
-            special=config_ids(target),
-        )
-
-    def _transfer(
+    def transfer(
         self,
         source: PreTrainedTokenizerBase,
         target: PreTrainedTokenizerBase,

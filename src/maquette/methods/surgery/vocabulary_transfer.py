@@ -12,26 +12,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from maquette.errors import BadInput
-from maquette.parts import Card, Ctx, Needs, State, Surgery, register
+from maquette.parts import Card, Ctx, Needs, register
+from maquette.training.embedding_init import Transfer
 from maquette.training.tokenizer_transfer import heuristic_transfer, transfer
-from maquette.training.vocabulary_swap import (
-    apply,
-    carry_tables,
-    config_ids,
-    from_state,
-    source_tables,
-    to_state,
-)
+from maquette.training.vocabulary_surgery import VocabularySurgery
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    import torch
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["VocabularyTransfer", "heuristic_transfer", "transfer"]
 
 
 @register("vocabulary-transfer")
-class VocabularyTransfer(Surgery):
+class VocabularyTransfer(VocabularySurgery):
     """Give the model the vocabulary of the stage's workload, its rows placed by a rule.
 
     Put it into a stage with `init: {from: ...}`.
@@ -40,7 +34,6 @@ class VocabularyTransfer(Surgery):
     needs: ClassVar[Needs] = Needs(
         workloads=frozenset({"text/causal", "text/encoder"}), scale="ddp"
     )
-    replaces_tokenizer: ClassVar[bool] = True
     card: ClassVar[Card] = Card(
         title="Fast vocabulary transfer",
         paper="Gee, Zugarini, Rigutini and Torroni, 2022, Fast Vocabulary Transfer for Language "
@@ -77,33 +70,12 @@ print(transfer(model, old, new, "fvt", texts=prose))
     init: Literal["fvt", "lexical", "random"] = "fvt"
     """`fvt`; `lexical`: tokens without a copy are drawn from N(mean, std) of each column;
     `random`: all but special tokens are."""
-    drop_padding: bool = False
-    """Allow a source table with more rows than its tokenizer has ids, and leave them out."""
 
-    def fit(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ctx: Ctx) -> State:
-        if ctx.tokenizer is None:
-            raise BadInput(
-                "needs the tokenizer of the stage's workload",
-                key="surgery.vocabulary-transfer",
-                mend="use it in a stage with a text workload",
-            )
-        with ctx.ledger.meter("scorer"):
-            try:
-                own = source_tables(model, tokenizer, drop_padding=self.drop_padding)
-                tables = carry_tables(
-                    heuristic_transfer(tokenizer, ctx.tokenizer, self.init),
-                    own.input,
-                    ctx.rng("vocabulary-transfer"),
-                    output_embeddings=own.output,
-                    output_bias=own.bias,
-                    special=config_ids(ctx.tokenizer),
-                )
-            except ValueError as error:
-                raise BadInput(str(error), key="surgery.vocabulary-transfer") from error
-        return State(*to_state(tables, ctx.tokenizer))
-
-    def apply(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: State
-    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        tables, target = from_state(state.tensors, state.meta)
-        return apply(model, tables), target
+    def transfer(
+        self,
+        source: PreTrainedTokenizerBase,
+        target: PreTrainedTokenizerBase,
+        ctx: Ctx,
+        device: torch.device,
+    ) -> Transfer:
+        return heuristic_transfer(source, target, self.init)
