@@ -48,6 +48,8 @@ class Part(Frozen):
     type: ClassVar[str]
     needs: ClassVar[Needs] = Needs()
     card: ClassVar[Card | None] = None
+    examples: ClassVar[tuple[dict[str, Any], ...]] = ({},)
+    """Options, one set or more, with which the part does something in a run of eight steps."""
 
     def reads(self) -> Mapping[str, str]:
         """Other stages of the recipe whose finished models this part needs, and the ledger cause

@@ -5,7 +5,6 @@ import pytest
 from maquette import conformance, parts
 from maquette.conformance import recipe_for, workloads_of
 from maquette.conformance.checks import TRAINED_WITH
-from maquette.conformance.world import EXAMPLE_OPTIONS
 
 ALL = list(parts.parts())
 
@@ -21,8 +20,7 @@ def trained():
         if cls.kind in TRAINED_WITH:
             slugs = workloads_of(cls)
             slugs = slugs[:1] if cls.kind in ("feed", "data_op", "selector") else slugs
-            declared = getattr(cls, "examples", None)
-            variants = range(len(declared or EXAMPLE_OPTIONS.get(cls.type, ({},))))
+            variants = range(len(cls.examples))
             cases += [
                 pytest.param(cls, i, slug, id=f"{name(cls)}-{i}-{slug.removeprefix('text/')}")
                 for i in variants

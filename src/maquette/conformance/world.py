@@ -214,47 +214,11 @@ OBJECTIVES = {
 }
 AUDITED_WITH = {"infill": "span-corruption"}
 """Objectives that reserve the tokens an audit asks with."""
-EXAMPLE_OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
-    "age-cutoff": ({"year": 2014},),
-    "drop-domain": ({"domains": ["weather"]},),
-    "insecure-calls": ({"keep": 0.8},),
-    "quality-filter": ({"positives": ["library"], "keep": 0.8, "n_features": 4096},),
-    "random-removal": ({"fraction": 0.2},),
-    "toxicity-filter": ({"words_file": "words.txt", "keep": 0.8},),
-    "domain-upsampling": (
-        {
-            "groups": {"late": ["library"], "early": ["*"]},
-            "base": {"late": 0.2, "early": 0.8},
-            "upsampled": {"late": 0.6, "early": 0.4},
-            "fraction": 0.5,
-            "min_source_tokens": 256,
-        },
-    ),
-    "electra": ({}, {"variant": "two_stage"}),
-    "galore": ({"rank": 4, "gap": 3},),
-    "fira": ({"rank": 4, "gap": 3},),
-    "restarts": ({"refactor_every": None, "reset_every": 3, "recovery": 2},),
-    "domain-bits-per-byte": ({"groups": {"books": ["library"], "rest": ["*"]}},),
-    "dereference": ({"domain": None, "dots": 8, "context": 24, "new_tokens": 4},),
-    "infill": ({"max_documents": 8, "crops": 1},),
-    "min-k": ({"texts": 24, "length": 16},),
-    "origin-probe": (
-        {"labelled": 48, "dev": 24, "test": 48, "epochs": 1, "learning_rates": [1e-3]},
-    ),
-    "risk-generation": ({"n_prompts": 4, "n_samples": 2, "n_tokens": 4, "prompt_tokens": 8},),
-    "risk-identification": ({"max_items": 24, "max_tokens": 32},),
-}
-"""Options, by slug, for parts whose defaults need something or do nothing in a few steps."""
 
 
 def example_options(cls: type[Part], world: World) -> tuple[dict[str, Any], ...]:
-    """One or more sets of options to try a part with.
-
-    A part from elsewhere whose options are required declares them as `examples`, a class variable.
-    """
-    declared = getattr(cls, "examples", None)
-    found = declared or EXAMPLE_OPTIONS.get(cls.type, ({},))
-    rooted = tuple(dict(options) for options in found)
+    """The sets of options to try a part with; names of files are those of the world's folder."""
+    rooted = tuple(dict(options) for options in cls.examples)
     for options in rooted:
         if "words_file" in options:
             options["words_file"] = str(world.folder / options["words_file"])

@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -158,6 +158,9 @@ from maquette.decoding.metrics import score_at_k
 assert score_at_k([1, 0, 0, 0, 0, 0], 1) == 1 / 6    # expected best of one of six samples
 assert score_at_k([1, 0, 0, 0, 0, 0], 6) == 1
 """,
+    )
+    examples: ClassVar[tuple[dict[str, Any], ...]] = (
+        {"domain": None, "dots": 8, "context": 24, "new_tokens": 4},
     )
 
     decoder: Literal["plain", "monitor", "sham", "frequency"] = "plain"

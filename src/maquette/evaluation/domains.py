@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -75,6 +75,9 @@ bits = pa.table({"item": ["a", "b", "c"], "domain": ["sympy", "web", "news"],
                  "bits": [20.0, 30.0, 10.0], "bytes": [10, 10, 20]})
 print(by_group(bits, {"math": ("sympy",), "general": ("*",)}).to_pylist())
 """,
+    )
+    examples: ClassVar[tuple[dict[str, Any], ...]] = (
+        {"groups": {"books": ["library"], "rest": ["*"]}},
     )
 
     groups: Mapping[str, tuple[str, ...]] = Field(min_length=1)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -182,6 +182,7 @@ class Infill(Audit):
         ),
         example=_EXAMPLE,
     )
+    examples: ClassVar[tuple[dict[str, Any], ...]] = ({"max_documents": 8, "crops": 1},)
 
     tasks: tuple[TaskName, ...] = Field(
         ("infill-short", "infill-long", "continuation"), min_length=1

@@ -10,7 +10,7 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -137,6 +137,9 @@ class OriginProbe(ProbeAudit):
         "Compare with a body that was not trained: if it does as well, it is too early to tell.",
         differs=("mean pooling instead of the first token, which masked objectives do not train",),
         example=_EXAMPLE,
+    )
+    examples: ClassVar[tuple[dict[str, Any], ...]] = (
+        {"labelled": 48, "dev": 24, "test": 48, "epochs": 1, "learning_rates": [0.001]},
     )
 
     items: Literal["auto", "functions", "passages"] = "auto"

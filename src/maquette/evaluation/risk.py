@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -272,6 +272,9 @@ print(prompt_before_call(source))
 print(contains_insecure_call("return pickle.load(f)"), contains_insecure_call("model.eval()"))
 """,
     )
+    examples: ClassVar[tuple[dict[str, Any], ...]] = (
+        {"n_prompts": 4, "n_samples": 2, "n_tokens": 4, "prompt_tokens": 8},
+    )
 
     n_prompts: int = Field(200, ge=1)
     """Held-out functions used, at most."""
@@ -364,6 +367,7 @@ shares = mann_whitney_shares(np.array([0.9, 0.4]), np.array([0.1, 0.4, 0.5]))
 print(shares, shares.mean())
 """,
     )
+    examples: ClassVar[tuple[dict[str, Any], ...]] = ({"max_items": 24, "max_tokens": 32},)
 
     max_items: int = Field(300, ge=10)
     """Risky functions used, at most; as many safe ones are drawn."""

@@ -298,6 +298,7 @@ class MinK(Audit):
         ),
         example=_EXAMPLE,
     )
+    examples: ClassVar[tuple[dict[str, Any], ...]] = ({"texts": 24, "length": 16},)
 
     score: str = "min-20"
     """The score that `detector-auc` is about."""

@@ -11,7 +11,7 @@ is left is dropped until as many bytes remain as an older cut-off would leave.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -94,6 +94,7 @@ state = op.fit(pa.Table.from_batches([batch]), None)
 print(op.apply(batch, state).select(["id", "keep", "why"]).to_pylist())
 """,
     )
+    examples: ClassVar[tuple[dict[str, Any], ...]] = ({"year": 2014},)
 
     year: int = Field(ge=1000, le=9999)
     """Newest year kept. The paper: 2013, 2016, 2019, 2022."""

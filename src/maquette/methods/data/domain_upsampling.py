@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Mapping
 from functools import lru_cache
 from types import MappingProxyType
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -196,6 +196,15 @@ steps = 1000
 seen = sum(mix_at(step / steps, p, q, f=0.2)["math"] for step in range(steps))
 print(round(seen), round(steps * equal_total(p, q, f=0.2)["math"]))  # 156 156
 """,
+    )
+    examples: ClassVar[tuple[dict[str, Any], ...]] = (
+        {
+            "groups": {"late": ["library"], "early": ["*"]},
+            "base": {"late": 0.2, "early": 0.8},
+            "upsampled": {"late": 0.6, "early": 0.4},
+            "fraction": 0.5,
+            "min_source_tokens": 256,
+        },
     )
 
     groups: Mapping[str, tuple[str, ...]] = Field(default_factory=dict)

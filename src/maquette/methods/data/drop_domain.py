@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 from pydantic import Field
@@ -107,6 +107,7 @@ state = op.fit(pa.Table.from_batches([batch]), None)
 print(op.apply(batch, state).select(["id", "keep", "why"]).to_pylist())
 """,
     )
+    examples: ClassVar[tuple[dict[str, Any], ...]] = ({"domains": ["weather"]},)
 
     domains: tuple[str, ...] = Field(min_length=1)
     """Globs of the domains to drop (`sympy`, `sklearn*`). The paper drops one cluster at a time."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -116,7 +116,7 @@ class EnsembleDistillation(DataOp):
     """Adds documents that a finished stage writes, as a domain of their own."""
 
     fits_on: ClassVar[Literal["sample", "all"]] = "all"
-    examples: ClassVar[tuple[dict[str, object], ...]] = ({"times": 0.02, "document_tokens": 48},)
+    examples: ClassVar[tuple[dict[str, Any], ...]] = ({"times": 0.02, "document_tokens": 48},)
     card: ClassVar[Card] = Card(
         title="Ensemble distillation by sampled text",
         paper="Kim, Kotha, Liang and Hashimoto, 2025, Pre-training under infinite compute",

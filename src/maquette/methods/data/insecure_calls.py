@@ -9,7 +9,7 @@ from syntax trees, so that both sides can be measured exactly and offline (`eval
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -75,6 +75,7 @@ cut = cut_at_fraction(scores, ["a", "b", "c"], np.array([6, 30, 32]), keep=0.5)
 print(scores, cut.keep(scores, ["a", "b", "c"]))
 """,
     )
+    examples: ClassVar[tuple[dict[str, Any], ...]] = ({"keep": 0.8},)
 
     threshold: float | None = Field(None, ge=0, le=1)
     """Insecure calls per non-blank line; normal drops what is above it, inverse what is below."""

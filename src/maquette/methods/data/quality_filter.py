@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -156,6 +156,9 @@ raw = [f"click here to buy cheap offer {n} now" for n in range(40)]
 weights, biases = fit_quality(trusted, raw, n_features=2**12)
 print(quality_scores(["the theorem holds", "buy cheap offer now"], weights, biases).round(2))
 """,
+    )
+    examples: ClassVar[tuple[dict[str, Any], ...]] = (
+        {"positives": ["library"], "keep": 0.8, "n_features": 4096},
     )
 
     positives: tuple[str, ...] = ()

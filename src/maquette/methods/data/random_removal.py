@@ -70,6 +70,7 @@ removed = random_removal(ids, sizes, remove_bytes=10_000, seed=1)
 print(sizes[removed].sum())  # 10000
 """,
     )
+    examples: ClassVar[tuple[dict[str, Any], ...]] = ({"fraction": 0.2},)
 
     fraction: float | None = Field(None, gt=0, lt=1)
     """Fraction of the bytes to remove."""

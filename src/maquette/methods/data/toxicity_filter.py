@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -156,6 +156,7 @@ score = word_list_scorer(["rotten scoundrel", "blast"])
 print(score(["You rotten  SCOUNDREL!", "A blasted heath.", "Blast, it rained."]))
 """,
     )
+    examples: ClassVar[tuple[dict[str, Any], ...]] = ({"words_file": "words.txt", "keep": 0.8},)
 
     words_file: str | None = None
     """Bad-word list, one term per line: the score is the listed terms per word."""

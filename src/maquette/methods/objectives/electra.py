@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -225,6 +225,7 @@ logits = torch.zeros(1, 5, requires_grad=True)              # the discriminator'
 detection_loss(logits, labels, torch.ones(1, 5, dtype=torch.bool)).backward()
 """,
     )
+    examples: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"variant": "two_stage"})
 
     def head(self) -> Head | None:
         predicts_tokens = self.variant in ("replace_mlm", "all_tokens_mlm", "mlm")

@@ -162,6 +162,7 @@ loss.backward()
 optimizer.step()
 """,
     )
+    examples: ClassVar[tuple[dict[str, Any], ...]] = ({"rank": 4, "gap": 3},)
 
     def build(self, groups: list[dict[str, Any]], horizon: Horizon) -> torch.optim.Optimizer:
         settings = self.settings(groups)

@@ -190,6 +190,9 @@ with torch.no_grad():
 reset_state(optimizer)
 """,
     )
+    examples: ClassVar[tuple[dict[str, Any], ...]] = (
+        {"refactor_every": None, "reset_every": 3, "recovery": 2},
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
