@@ -7,19 +7,16 @@ gives it a slug; `find` turns the slug back into the class. Nothing imports a me
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from maquette.config import Frozen
 from maquette.declarations import Card, Head, Needs, Scale
-from maquette.errors import BadInput, did_you_mean
 from maquette.flow import Batch, Clock, Ctx, Examples, Loss, Run, Selection, State, Subject
+from maquette.registry import find, load_all, parts, register
 from maquette.schedules import Horizon, Schedule
 
 if TYPE_CHECKING:
@@ -410,64 +407,7 @@ class Workload(Part):
         return size.learning_rate
 
 
-# --- registry ------------------------------------------------------------------------------------
-
 KINDS: dict[str, type[Part]] = {
     cls.kind: cls
     for cls in (DataOp, Selector, Feed, Objective, Optim, Surgery, Decoder, Audit, Workload)
 }
-_PARTS: dict[str, dict[str, type[Part]]] = {kind: {} for kind in KINDS}
-_BUILT_IN = ("maquette.methods", "maquette.workloads", "maquette.evaluation")
-_loaded = False
-
-P = TypeVar("P", bound=type[Part])
-
-
-def register(slug: str) -> Callable[[P], P]:
-    """Class decorator: make a part known under `slug` in its kind."""
-
-    def add(cls: P) -> P:
-        taken = _PARTS[cls.kind].get(slug)
-        if taken is not None and taken.__qualname__ != cls.__qualname__:
-            raise ValueError(f"{cls.kind} `{slug}` is already {taken.__module__}.{taken.__name__}")
-        cls.type = slug
-        _PARTS[cls.kind][slug] = cls
-        return cls
-
-    return add
-
-
-def load_all() -> None:
-    """Import every built-in method and workload and every `maquette.parts` entry point, once."""
-    global _loaded
-    if _loaded:
-        return
-    for root in _BUILT_IN:
-        package = importlib.import_module(root)
-        for module in pkgutil.walk_packages(package.__path__, f"{root}."):
-            importlib.import_module(module.name)
-    for entry in entry_points(group="maquette.parts"):
-        entry.load()
-    _loaded = True
-
-
-def parts(kind: str | None = None) -> Iterator[type[Part]]:
-    """Registered part classes, by kind and then slug."""
-    load_all()
-    for name in [kind] if kind else KINDS:
-        for slug in sorted(_PARTS[name]):
-            yield _PARTS[name][slug]
-
-
-def find(kind: str, slug: str, *, where: object = None, key: str | None = None) -> type[Part]:
-    """The part class registered under this slug; BadInput names the nearest when there is none."""
-    load_all()
-    known = _PARTS[kind]
-    if slug not in known:
-        raise BadInput(
-            f"there is no {kind.replace('_', ' ')} `{slug}`",
-            where=where,
-            key=key,
-            mend=did_you_mean(slug, known),
-        )
-    return known[slug]
