@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import yaml
 
-from maquette import conformance, parts
+from maquette import conformance, parts, registry
 from maquette.cli import app
 from maquette.quantities import SIZES
 from maquette.recipe import RECIPE_KEYS, parse_recipe
@@ -109,7 +109,7 @@ def worked_example():
         yield module, test
     finally:
         del sys.modules[where]
-        parts._PARTS["objective"].pop("label-smoothing", None)
+        registry._PARTS["objective"].pop("label-smoothing", None)
 
 
 def test_the_worked_example_keeps_the_promises_of_a_part(worked_example):

@@ -150,6 +150,14 @@ class FinishedStage:
     load: Callable[[], Subject]
 
 
+Tell = Callable[[str, int, "int | None"], None]
+"""Told how far the preparation of a corpus is: what is done, bytes done, bytes in all if known."""
+
+
+def untold(what: str, done: int, total: int | None) -> None:
+    """A `Tell` that nobody listens to."""
+
+
 @dataclass(frozen=True)
 class Ctx:
     """What a part may use of the engine.
@@ -158,6 +166,7 @@ class Ctx:
     (`init`, `order`, `corrupt`, `dropout`, `eval`, or a part's own slug), so that a change of
     objective never moves the data order.
     team: the ranks that train together; all of them see the same seed and the same corpus.
+    tell: told how far a corpus is prepared.
     """
 
     device: torch.device
@@ -173,6 +182,7 @@ class Ctx:
     """Documents held out, while data parts are fitted: to make sure that none is learnt from."""
     team: Team = ALONE
     stages: Mapping[str, FinishedStage] = field(default_factory=dict)
+    tell: Tell = untold
 
     def stage(self, name: str) -> FinishedStage:
         """A finished stage that a part of this one reads (`Part.reads`)."""

@@ -1,10 +1,13 @@
 """`curate`: what it writes, and what it refuses before it reads."""
 
+import gzip
 import json
 import sys
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 
 from maquette.errors import BadInput
 from maquette.study.curation import curate_to
@@ -27,6 +30,66 @@ def test_kept_and_dropped_documents_lie_side_by_side(source, tmp_path):
     assert dropped["why"].to_pylist() == ["not chosen by top-k"] * 3
     assert card["kept"]["documents"] == 2
     assert sorted(p.name for p in out.parent.iterdir()) == ["out.dropped.parquet", "out.parquet"]
+
+
+def unpacked(path):
+    with path.open("rb") as file:
+        return zstandard.ZstdDecompressor().stream_reader(file, closefd=False).read()
+
+
+@pytest.mark.parametrize(
+    ("ending", "opened"),
+    [
+        (".jsonl", Path.read_bytes),
+        (".jsonl.gz", lambda path: gzip.decompress(path.read_bytes())),
+        (".jsonl.zst", unpacked),
+    ],
+)
+def test_json_lines_hold_what_parquet_holds(ending, opened, source, tmp_path):
+    for name in ("a.parquet", f"b{ending}"):
+        curate_to(RECIPE, "r.yaml", source, tmp_path / name, tmp_path / "cache")
+    rows = [json.loads(line) for line in opened(tmp_path / f"b{ending}").splitlines()]
+    assert rows == pq.read_table(tmp_path / "a.parquet").to_pylist()
+    assert (tmp_path / "b.dropped.parquet").exists()
+    with pytest.raises(BadInput, match="says no format"):
+        curate_to(RECIPE, "r.yaml", source, tmp_path / "c.csv", tmp_path / "cache")
+
+
+def test_each_reason_has_up_to_ten_examples(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    lines = [json.dumps({"text": f"{word} and more"}) for word in range(30)]
+    path.write_text("\n".join([*lines, *lines[:3]]))
+    recipe = {"data": [{"type": "top-k", "column": "bytes", "best": "highest", "take": "5doc"}]}
+    out, told = tmp_path / "out.parquet", []
+    card = curate_to(
+        recipe, "r.yaml", str(path), out, tmp_path / "cache", tell=lambda *at: told.append(at)
+    )
+    dropped = pq.read_table(tmp_path / "out.dropped.parquet").to_pylist()
+    by_reason = {why: {r["id"] for r in dropped if r["why"] == why} for why in card["examples"]}
+    assert {why: len(ids) for why, ids in by_reason.items()} == {
+        "exact duplicate": 3,
+        "not chosen by top-k": 25,
+    }
+    for why, ids in card["examples"].items():
+        assert len(ids) == min(10, len(by_reason[why]))
+        assert set(ids) <= by_reason[why]
+    assert {"read", "selection top-k"} <= {what for what, _, _ in told}
+
+
+def test_the_recipe_says_which_columns_a_corpus_has(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    rows = [{"body": f"text number {n}", "kind": "ab"[n % 2]} for n in range(6)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    recipe = {**RECIPE, "corpus": {"text_column": "body", "domain_column": "kind"}}
+    out = tmp_path / "out.parquet"
+    curate_to(recipe, "r.yaml", str(path), out, tmp_path / "cache")
+    assert set(pq.read_table(out)["domain"].to_pylist()) <= {"a", "b"}
+    for wrong, said in ({"text_colum": "body"}, "did you mean `text_column`"), ("body", "no set"):
+        with pytest.raises(BadInput) as error:
+            curate_to(
+                RECIPE | {"corpus": wrong}, "r.yaml", str(path), tmp_path / "o.jsonl", tmp_path
+            )
+        assert said in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["out.parquet", "out.dropped.parquet"])

@@ -15,6 +15,7 @@ from maquette import __version__
 from maquette.errors import BadInput
 
 if TYPE_CHECKING:
+    from maquette.data.corpus_spec import CorpusSpec
     from maquette.study.execute import Options
     from maquette.study.pool import Place
     from maquette.study.store import Store
@@ -93,6 +94,26 @@ def say(common: Common, document: Any, text: str | None = None) -> None:
         print(json.dumps(document, indent=2, sort_keys=True, default=str))
     elif text is not None:
         print(text)
+
+
+def corpus_of(text: str, key: str) -> CorpusSpec:
+    """A corpus given on the command line: a path, or options such as `{path: a.jsonl, ...}`."""
+    import yaml
+
+    from maquette.config import validate
+    from maquette.data.corpus_spec import CorpusSpec
+
+    if not text.lstrip().startswith("{"):
+        return CorpusSpec(path=text)
+    try:
+        options = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise BadInput(
+            f"`{text}` cannot be read as YAML ({str(error).splitlines()[0]})",
+            key=key,
+            mend="'{path: corpus.jsonl, text_column: body}'",
+        ) from None
+    return validate(CorpusSpec, options, key=key)
 
 
 def place_of(on: str, options: Options) -> Place:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from maquette.cli.base import Common, app, say
 
@@ -22,24 +24,48 @@ def curate(
     Parameters
     ----------
     recipe
-        A YAML file with a `data` list; other recipe keys are ignored.
+        A YAML file with a `data` list and, where the corpus needs options, `corpus`:
+        {text_column: body}; other recipe keys are ignored.
     source
         A corpus: folder, file, hub dataset or python:.
     target
-        A new Parquet file; what was dropped, and why, goes beside it as NAME.dropped.parquet.
+        A new file: .parquet, .jsonl, .jsonl.gz or .jsonl.zst. What was dropped, and why, goes
+        beside it as NAME.dropped.parquet.
     engine
         in-process, or daft: all cores of this machine. The files are the same to the byte.
     ray
         With daft, the Ray cluster this machine is a node of: HOST:PORT, auto, or local.
     """
+    from maquette import console
     from maquette.config import load_yaml
     from maquette.study.curation import curate_to
 
     cache = common.store().home / "cache"
-    card = curate_to(load_yaml(recipe), recipe, source, target, cache, engine=engine, ray=ray)
-    kept = card["kept"]
-    text = f"kept {kept['documents']} documents, {kept['bytes']} bytes\n"
-    text += "\n".join(
-        f"{op['part']} dropped {n}: {why}" for op in card["ops"] for why, n in op["dropped"].items()
-    )
-    say(common, card, text)
+    with console.CorpusProgress(quiet=common.as_json) as told:
+        card = curate_to(
+            load_yaml(recipe), recipe, source, target, cache, engine=engine, ray=ray, tell=told
+        )
+    say(common, card, "\n".join(_summary(card)))
+
+
+def _summary(card: dict[str, Any]) -> Iterator[str]:
+    """What was read, what each step dropped and why, with examples, and what is left."""
+    from maquette.study.report import quantity
+
+    examples = card["examples"]
+
+    def dropped(by: str, reasons: dict[str, int]) -> Iterator[str]:
+        for why, n in reasons.items():
+            if n:
+                yield f"{by} dropped {n}: {why}"
+                yield from (f"    {name}" for name in examples.get(why, []))
+
+    read, kept = card["read"], card["kept"]
+    yield f"read {read['documents']} documents, {quantity(read['bytes'], 'bytes')}"
+    yield from dropped("the reader", read["dropped"])
+    yield from dropped("duplicates", card["duplicates"])
+    for step in card["ops"]:
+        yield from dropped(step["part"], step["dropped"])
+        yield from (f"note: {name}: {text}" for name, text in step["warnings"].items())
+    yield f"kept {kept['documents']} documents, {quantity(kept['bytes'], 'bytes')}"
+    yield f"files: {', '.join(card['files'])}"

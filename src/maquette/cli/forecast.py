@@ -158,7 +158,7 @@ def forecast_from_study(
         found = forecast_study(
             replace(asked, ladder=ladder), ladder, store, options,
             metric=metric, draws=draws, level=level, place=place_of(on, options),
-            on_progress=bars.step, on_done=bars.ended,
+            on_progress=bars.step, on_done=bars.ended, on_corpus=bars.corpus,
         )  # fmt: skip
     budgets = [str(rule) for rule in ladder.rules]
     facts = {

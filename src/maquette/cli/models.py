@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from maquette.cli.base import Common, Sets, app, say
+from maquette.cli.base import Common, Sets, app, corpus_of, say
 
 
 @app.command
@@ -28,7 +28,8 @@ def audit(
     kind
         The audit (`maquette ls parts`): bits-per-byte, min-k, ...
     corpus
-        What the model was trained on, for a membership audit; any text for the others.
+        What the model was trained on, for a membership audit; any text for the others. A path, or
+        options: '{path: corpus.parquet, text_column: body}'.
     held_out
         Text it was not trained on; left out, a part of the corpus is held out.
     items
@@ -39,7 +40,6 @@ def audit(
 
     from maquette import console
     from maquette.config import set_dotted
-    from maquette.data.corpus_spec import CorpusSpec
     from maquette.parts import Audit
     from maquette.recipe import parse_part
     from maquette.study.audit import audit_model
@@ -52,10 +52,10 @@ def audit(
     table = audit_model(
         model,
         chosen,
-        CorpusSpec(path=corpus),
+        corpus_of(corpus, "--corpus"),
         cache=common.store().home / "cache",
         device=pick_device(common.device),
-        held_out=None if held_out is None else CorpusSpec(path=held_out),
+        held_out=None if held_out is None else corpus_of(held_out, "--held-out"),
         seed=common.seed,
     )
     if items is not None:

@@ -61,6 +61,8 @@ def run(
         The arm, when the file is a study.
     """
     from maquette import console
+    from maquette.study.compare import prepare_corpora
+    from maquette.study.execute import pick_device
     from maquette.study.pool import HERE, Task, run_tasks
 
     recipes, _ = load_recipes(recipe, sets or [])
@@ -71,6 +73,8 @@ def run(
     chosen = one_of(recipes, arm or next(iter(recipes)), recipe)
     store, options = common.together()
     with console.StudyProgress(1, quiet=common.quiet(options)) as progress:
+        device = pick_device(options.device)
+        options.team.lead(lambda: prepare_corpora([chosen], store, device, progress.corpus))
         [done] = run_tasks(
             [Task(arm or "run", common.seed, chosen)],
             store, options, HERE, progress.step, progress.ended,

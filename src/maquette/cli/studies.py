@@ -37,7 +37,7 @@ def compare(
     with console.StudyProgress(runs, quiet=quiet) as bars:
         result = run_compare(
             asked, store, options, place=place_of(on, options),
-            on_progress=bars.step, on_done=bars.ended,
+            on_progress=bars.step, on_done=bars.ended, on_corpus=bars.corpus,
         )  # fmt: skip
     if options.team.is_lead:
         _say_comparison(asked, result, common)
@@ -146,7 +146,7 @@ def resume(*, on: On = "local", common: Common = Common()) -> None:
         with console.StudyProgress(runs, quiet=quiet) as bars:
             result = run_compare(
                 asked, store, options, place=place_of(on, options),
-                on_progress=bars.step, on_done=bars.ended,
+                on_progress=bars.step, on_done=bars.ended, on_corpus=bars.corpus,
             )  # fmt: skip
         answers[record.name] = [verdict.sentence for verdict in result.verdicts.values()]
     if not options.team.is_lead:

@@ -69,6 +69,16 @@ class ApplyPart:
         return result
 
 
+def _name(step: object) -> str:
+    """The slug of a registered part, else the class's name."""
+    return getattr(type(step), "type", type(step).__name__)
+
+
+def reason_of(why: str) -> str:
+    """A row's reason without the row's own score, so that rows of one cut count together."""
+    return _NUMBER.sub("…", why, count=1)
+
+
 def run_steps(
     source: Path, steps: Sequence[Step], ctx: Any, engine: Engine, to: Path, tell: Progress
 ) -> dict[str, Any]:
@@ -84,7 +94,7 @@ def run_steps(
         ctx = replace(ctx, ledger=type(ctx.ledger)(), held_out=held_out)
     with DocumentWriter(to / "dropped.parquet", DROPPED) as left_out:
         for n, step in enumerate(steps):
-            name = type(step).__name__
+            name = _name(step)
             target = to / f"stage-{n}.parquet"
             run = _select if isinstance(step, Selector) else _apply
             out, why, warnings = run(step, source, target, left_out, ctx, engine, tell)  # type: ignore[arg-type]
@@ -113,7 +123,7 @@ def _apply(
     engine: Engine,
     tell: Progress,
 ) -> tuple[DocumentWriter, Counter[str], dict[str, str]]:
-    name = type(op).__name__
+    name = _name(op)
     rows = getattr(op, "fitting_rows", lambda: "sample")()
     fitting = list(stored(source) if rows == "all" else table.sample(source, FIT_SAMPLE_BYTES))
     state = op.fit(pa.Table.from_batches(fitting), ctx)
@@ -124,8 +134,7 @@ def _apply(
             kept, gone, reasons = _sifted(result, name)
             out.write(kept)
             left_out.write(table.dropped(gone, reasons))
-            # A reason holds the row's own score; rows of one cut count together.
-            why.update(_NUMBER.sub("…", r, count=1) for r in reasons.to_pylist())
+            why.update(reason_of(reason) for reason in reasons.to_pylist())
             tell(f"data part {name}", out.bytes, None)
         for batch in op.added(state) if hasattr(op, "added") else ():
             out.write(table.aligned(batch, out.schema))
@@ -156,7 +165,7 @@ def _select(
     engine: Engine,
     tell: Progress,
 ) -> tuple[DocumentWriter, Counter[str], dict[str, str]]:
-    name = getattr(type(selector), "type", type(selector).__name__)
+    name = _name(selector)
     index = index_table(list(engine.map(IndexColumns(selector.columns()), source)))
     limit = parse_take(selector.take, pc.sum(index["bytes"]).as_py())
     chosen = chosen_rows(selector.choose(index, None, limit, ctx), index.num_rows, name)

@@ -15,6 +15,7 @@ import pyarrow as pa
 import yaml
 
 import maquette
+from maquette.flow import Tell, untold
 from maquette.recipe import Recipe
 from maquette.study import report as reporting
 from maquette.study.execute import Options, make_ctx, pick_device
@@ -74,6 +75,7 @@ def compare(
     place: Place = HERE,
     on_progress: Callable[[Task, Progress], None] = lambda task, progress: None,
     on_done: Callable[[TaskDone], None] = lambda done: None,
+    on_corpus: Tell = untold,
 ) -> Comparison:
     """Run what the store does not hold yet, judge every arm against the baseline, report.
 
@@ -87,7 +89,7 @@ def compare(
     text = yaml.safe_dump(study.spec(), sort_keys=False)
 
     def begin() -> None:
-        prepare_corpora(study.arms.values(), store, pick_device(options.device))
+        prepare_corpora(study.arms.values(), store, pick_device(options.device), on_corpus)
         store.save_study(study.digest, text, "running", name=study.name)
 
     team.lead(begin)
@@ -121,12 +123,14 @@ def _conclude(
     return Comparison(study, verdicts.get(study.metric.name, {}), built, paths)
 
 
-def prepare_corpora(recipes: Iterable[Recipe], store: Store, device: torch.device) -> None:
+def prepare_corpora(
+    recipes: Iterable[Recipe], store: Store, device: torch.device, tell: Tell = untold
+) -> None:
     """Prepare every corpus once, before several processes would all begin to."""
     for recipe in recipes:
         for stage in recipe.stages:
             if not stage.node().needs:  # others need their parents' tokenizers and models
-                ctx = make_ctx(stage, 0, store, device)
+                ctx = replace(make_ctx(stage, 0, store, device), tell=tell)
                 stage.workload.prepare(ctx, stage.special_tokens, stage.data)
 
 

@@ -12,6 +12,7 @@ import yaml
 from maquette.errors import RunFailed
 from maquette.evaluation.law_bootstrap import DRAWS, LEVEL
 from maquette.evaluation.scaling import MIN_POINTS
+from maquette.flow import Tell, untold
 from maquette.quantities import SIZES
 from maquette.recipe import digest
 from maquette.study.compare import prepare_corpora
@@ -65,6 +66,7 @@ def forecast_study(
     place: Place = HERE,
     on_progress: Callable[[Task, Progress], None] = lambda task, progress: None,
     on_done: Callable[[TaskDone], None] = lambda done: None,
+    on_corpus: Tell = untold,
 ) -> StudyForecast:
     """Run what the store does not hold of the ladder, smallest size first, and forecast.
 
@@ -97,7 +99,7 @@ def forecast_study(
     first = [
         on_rung(arm, SIZES[s], ladder.rules[0]) for s in ladder.sizes for arm in study.arms.values()
     ]
-    prepare_corpora(first, store, pick_device(options.device))
+    prepare_corpora(first, store, pick_device(options.device), on_corpus)
     ended = run_tasks([*tasks.values()], store, options, place, on_progress, on_done)
     runs = [
         _run(key, done, study.metric.name, store)

@@ -81,6 +81,7 @@ class TextWorkload(Workload):
             dev_fraction=self.dev_fraction,
             ops=ops,
             ctx=ctx,
+            progress=ctx.tell,
         )
 
     @abstractmethod

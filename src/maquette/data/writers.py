@@ -1,0 +1,81 @@
+"""Documents to a file of the user's: Parquet or JSONL, by the ending of its name."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zstandard
+
+from maquette import atomic
+from maquette.errors import BadInput
+
+ENDINGS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
+
+
+def ending_of(path: Path) -> str:
+    """Which of `ENDINGS` the name has. Raises BadInput for another."""
+    for ending in ENDINGS:
+        if path.name.endswith(ending):
+            return ending
+    raise BadInput(
+        "the ending of the name says no format", where=path, mend=f"use {', '.join(ENDINGS)}"
+    )
+
+
+def write_documents(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
+    """Write batches of one schema; the file is seen whole or not at all, and never half.
+
+    Without any batch no file is written. Raises BadInput or RunFailed when it cannot be.
+    """
+    ending = ending_of(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with atomic.explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if ending == ".parquet":
+                _to_parquet(temporary, batches)
+            else:
+                _to_json_lines(temporary, ending, batches)
+            if temporary.exists():
+                temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _to_parquet(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
+    writer: pq.ParquetWriter | None = None
+    with ExitStack() as stack:
+        for batch in batches:
+            if writer is None:
+                writer = stack.enter_context(
+                    pq.ParquetWriter(path, batch.schema, compression="zstd")
+                )
+            writer.write_batch(batch)
+
+
+def _to_json_lines(path: Path, ending: str, batches: Iterable[pa.RecordBatch]) -> None:
+    with _opened(path, ending) as out:
+        for batch in batches:
+            for row in batch.to_pylist():
+                out.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+
+@contextmanager
+def _opened(path: Path, ending: str) -> Iterator[IO[bytes]]:
+    with path.open("wb") as file:
+        if ending == ".jsonl.gz":
+            # Without the name and the time of day, so that equal documents give equal bytes.
+            with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as packed:
+                yield cast(IO[bytes], packed)
+        elif ending == ".jsonl.zst":
+            with zstandard.ZstdCompressor().stream_writer(file) as packed_zst:
+                yield cast(IO[bytes], packed_zst)
+        else:
+            yield file
