@@ -44,6 +44,7 @@ class Options:
     """How to run on this machine.
 
     threads: of torch per process; None leaves torch's choice. team: the ranks of this launch.
+    wait: for another process that is at the same run; False raises Busy instead.
     """
 
     device: str = "auto"
@@ -51,6 +52,11 @@ class Options:
     precision: str = "auto"
     settings: Settings = field(default_factory=Settings)
     team: Team = ALONE
+    wait: bool = True
+
+
+class Busy(Exception):
+    """Another process is computing the run of this digest."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +141,7 @@ def execute(
     name = digest("run", last.digest, specs, read, *scored_on)
     text = yaml.safe_dump({**recipe.spec(), "seed": seed}, sort_keys=False)
     team.lead(lambda: store.plan(name, arm=arm, seed=seed, recipe_yaml=text, study=study))
-    with _claimed(store, name, team) as mine:
+    with _claimed(store, name, options) as mine:
         if mine:
             team.lead(lambda: _evaluate(recipe, seed, store, done, name, part))
     return name
@@ -192,7 +198,7 @@ def _train_stage(
     arm = f"{arm}/{stage.name}" if arm else stage.name
     team.lead(lambda: store.plan(name, arm=arm, seed=seed, recipe_yaml=text))
     _check_shared(folder, team)
-    with _claimed(store, name, team) as mine:
+    with _claimed(store, name, options) as mine:
         if mine:
             team.lead(lambda: _forget_unbilled(folder))
             model = team.lead_first(lambda: build(stage, corpus, ctx, folder, parents))
@@ -332,12 +338,13 @@ def evaluation_ctx(last: Trained, seed: int, done: Mapping[str, Trained]) -> Ctx
 
 
 @contextlib.contextmanager
-def _claimed(store: Store, name: str, team: Team) -> Iterator[bool]:
-    """True when this launch must compute the run; waits while another one does.
+def _claimed(store: Store, name: str, options: Options) -> Iterator[bool]:
+    """True when this launch must compute the run; waits while another one does, or raises Busy.
 
     A failure inside is recorded with its reason before it goes on up.
     """
-    mine = team.lead(lambda: _claim(store, name))
+    team = options.team
+    mine = team.lead(lambda: _claim(store, name, options.wait))
     if not (mine and team.is_lead):
         yield mine
         return
@@ -357,12 +364,14 @@ def _claimed(store: Store, name: str, team: Team) -> Iterator[bool]:
         beat.join()
 
 
-def _claim(store: Store, name: str) -> bool:
+def _claim(store: Store, name: str, wait: bool) -> bool:
     """True once the claim is this process's; False when another one has finished the run."""
     owner = f"thread-{threading.get_ident()}"
     while not store.claim(name, owner):
         if store.run(name).status == "done":
             return False
+        if not wait:
+            raise Busy(name)
         time.sleep(1.0)
     return True
 

@@ -7,15 +7,16 @@ import os
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from maquette.errors import BadInput, RunFailed
 from maquette.recipe import Recipe, parse_recipe
-from maquette.study.execute import HELD_OUT, Options, execute
+from maquette.study.execute import HELD_OUT, Busy, Options, execute
 from maquette.study.store import Store
 from maquette.training.loop import Progress
 
@@ -123,20 +124,65 @@ def _run_spread(
     with ProcessPoolExecutor(
         workers, context, initializer=_start_worker, initargs=(threads, told)
     ) as pool:
-        jobs: dict[Future[Answer], int] = {
-            pool.submit(_work, job): job.index
-            for job in jobs_of(tasks, store, replace(options, threads=threads))
-        }
-        waiting = set(jobs)
+        line = Line(jobs_of(tasks, store, replace(options, threads=threads)))
+        running: dict[Future[Answer | None], Job] = {}
+        tried = time.monotonic()
         ended: dict[int, TaskDone] = {}
-        while waiting:
-            finished, waiting = wait(waiting, timeout=0.2)
+        while running or line:
+            while line and len(running) < workers:
+                job = line.next(alone=not running)
+                if job is None:
+                    break
+                running[pool.submit(_work, job)] = job
+            if len(running) < workers and time.monotonic() - tried > TRY_AGAIN_SECONDS:
+                tried = time.monotonic()
+                line.try_again()
+            finished, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
             _tell(told, tasks, on_progress)
             for future in finished:
-                done = TaskDone(tasks[jobs[future]], *future.result())
-                ended[jobs[future]] = done
-                on_done(done)
+                job, answer = running.pop(future), future.result()
+                if answer is None:
+                    line.put_off(job)
+                    continue
+                line.try_again()
+                ended[job.index] = TaskDone(tasks[job.index], *answer)
+                on_done(ended[job.index])
     yield from (ended[i] for i in range(len(tasks)))
+
+
+class Line:
+    """Jobs in their order. One that needs a stage which another worker is at is put off.
+
+    Arms share stages: without this, workers would wait for the one that trains what all start from.
+    It is tried again when a job ends, and every few seconds, since a job may have many stages.
+    """
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self._ready = deque(replace(j, options=replace(j.options, wait=False)) for j in jobs)
+        self._put_off: list[Job] = []
+
+    def __len__(self) -> int:
+        return len(self._ready) + len(self._put_off)
+
+    def next(self, *, alone: bool) -> Job | None:
+        """The next job to try; None when all wait for what is running.
+
+        alone: no worker of ours runs, so that another launch is at it: wait for that one.
+        """
+        if self._ready:
+            return self._ready.popleft()
+        if not alone:
+            return None
+        job = self._put_off.pop(0)
+        return replace(job, options=replace(job.options, wait=True))
+
+    def put_off(self, job: Job) -> None:
+        self._put_off.append(job)
+
+    def try_again(self) -> None:
+        """What was put off stands in the line again, in its order."""
+        self._ready.extendleft(sorted(self._put_off, key=lambda j: j.index, reverse=True))
+        self._put_off = []
 
 
 def _tell(told: Any, tasks: Sequence[Task], on_progress: OnProgress) -> None:
@@ -148,6 +194,7 @@ def _tell(told: Any, tasks: Sequence[Task], on_progress: OnProgress) -> None:
         on_progress(tasks[i], progress)
 
 
+TRY_AGAIN_SECONDS = 5.0
 _told: Any = None
 
 
@@ -174,8 +221,12 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _work(job: Job) -> Answer:
-    return run_job(job, lambda progress: _told.put((job.index, progress)))
+def _work(job: Job) -> Answer | None:
+    """The answer, or None when another process is at a stage of the job."""
+    try:
+        return run_job(job, lambda progress: _told.put((job.index, progress)))
+    except Busy:
+        return None
 
 
 # --- a run that travels --------------------------------------------------------------------------
