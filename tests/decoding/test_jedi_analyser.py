@@ -145,6 +145,16 @@ def test_a_stored_timeout_holds_for_shorter_limits_only(tmp_path: Path) -> None:
     assert store.get(b"k", 99.0) == Answer(frozenset({"x"}), 1.0)
 
 
+def test_of_two_processes_that_ask_at_once_the_first_answer_stands(tmp_path: Path) -> None:
+    store, late = AnswerStore(tmp_path / "answers.sqlite"), Answer(frozenset(), 5.0, "timeout")
+    found = Answer(frozenset({"x"}), 1.0)
+    assert store.put(b"k", late, timeout=5.0) == late
+    assert store.put(b"k", found, timeout=5.0) == late
+    assert store.get(b"k", 5.0) == late
+    assert store.put(b"k", found, timeout=6.0) == found
+    assert store.put(b"k", late, timeout=6.0) == found
+
+
 def test_bad_limits_and_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="timeout must be above 0"):
         JediAnalyser(timeout=0)

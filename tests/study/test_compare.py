@@ -15,7 +15,7 @@ import yaml
 
 from maquette import parts
 from maquette.conformance.world import OPTIONS
-from maquette.errors import BadInput
+from maquette.errors import BadInput, RunFailed
 from maquette.methods.objectives.causal_lm import CausalLM
 from maquette.parts import Loss
 from maquette.study import execute
@@ -66,6 +66,29 @@ def test_the_report_is_written_in_three_forms_that_agree(answered):
     assert result.verdicts["fast"].sentence in result.paths["md"].read_text()
     assert "fast helps" in result.paths["html"].read_text()
     assert store.study_dir(study.digest) in result.paths["html"].parents
+
+
+def test_a_metric_whose_items_do_not_pair_costs_no_other_its_verdict(world, monkeypatch):
+    import maquette.study.compare as module
+
+    domains = {"type": "domain-bits-per-byte", "groups": {"books": ["library"], "rest": ["*"]}}
+    whole = {"type": "bits-per-byte", "max_tokens": 4000}
+    study = parse_study(data(world, evaluate=[whole, domains]), name="rates")
+    store, pair, broken = world.store("compare"), module._pair, {"bpb-books"}
+
+    def judged(study, base, arm, metric):
+        if metric in broken:
+            raise ValueError("the items do not agree")
+        return pair(study, base, arm, metric)
+
+    monkeypatch.setattr(module, "_pair", judged)
+    result = compare(study, store, OPTIONS)
+    assert result.verdicts["fast"].word == "helps"
+    notes = json.loads(result.paths["json"].read_text())["warnings"]
+    assert "no verdict on bpb-books: the items do not agree" in notes
+    broken.add("bits-per-byte")
+    with pytest.raises(RunFailed, match="the runs are done and stored"):
+        compare(study, store, OPTIONS)
 
 
 def tuned_data(world, **over):

@@ -7,6 +7,7 @@ import json
 import sqlite3
 import time
 from abc import ABC, abstractmethod
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -56,26 +57,32 @@ class AnswerStore:
 
     def get(self, key: bytes, timeout: float) -> Answer | None:
         """The stored answer, unless it timed out under a shorter limit than `timeout`."""
-        db = self._open()
-        try:
-            row = db.execute(
-                "SELECT names, seconds, status, allowed FROM answers WHERE key = ?", (key,)
-            ).fetchone()
-        finally:
-            db.close()
+        with closing(self._open()) as db:
+            return self._find(db, key, timeout)
+
+    def put(self, key: bytes, answer: Answer, timeout: float) -> Answer:
+        """Store an answer, unless another process was first; returns the one that stands.
+
+        Two processes that ask at once may differ, where one of them was too late. From here on
+        both must see the same set, or runs that share the questions could not be paired.
+        """
+        names = json.dumps(sorted(answer.names))
+        row = (key, names, answer.seconds, answer.status, timeout)
+        with closing(self._open()) as db, db:
+            db.execute("BEGIN IMMEDIATE")
+            earlier = self._find(db, key, timeout)
+            if earlier is None:
+                db.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?)", row)
+        return earlier or answer
+
+    @staticmethod
+    def _find(db: sqlite3.Connection, key: bytes, timeout: float) -> Answer | None:
+        row = db.execute(
+            "SELECT names, seconds, status, allowed FROM answers WHERE key = ?", (key,)
+        ).fetchone()
         if row is None or (row[2] == "timeout" and row[3] < timeout):
             return None
         return Answer(frozenset(json.loads(row[0])), row[1], row[2])
-
-    def put(self, key: bytes, answer: Answer, timeout: float) -> None:
-        names = json.dumps(sorted(answer.names))
-        row = (key, names, answer.seconds, answer.status, timeout)
-        db = self._open()
-        try:
-            with db:
-                db.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?)", row)
-        finally:
-            db.close()
 
 
 class RememberingAnalyser(ABC):
@@ -117,7 +124,7 @@ class RememberingAnalyser(ABC):
             if found is None:
                 found = self._timed(text, path)
                 if self._store and found.status != "failed":
-                    self._store.put(key, found, self.timeout)
+                    found = self._store.put(key, found, self.timeout)
             self._memory[key] = found
             self._charged += found.seconds
         self._timeouts += found.status == "timeout"

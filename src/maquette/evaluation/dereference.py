@@ -180,8 +180,9 @@ assert score_at_k([1, 0, 0, 0, 0, 0], 6) == 1
     """Which members count."""
     every_dot: bool = False
     """Hold the model at the dots it writes itself too; each of them asks the analyser."""
-    timeout: float = Field(5.0, gt=0)
-    """Seconds per question to the analyser; a late answer is the empty set."""
+    timeout: float = Field(30.0, gt=0)
+    """Seconds per question to the analyser; a late answer is the empty set, for all seeds and arms
+    that share the store. Longer than at a keyboard: a busy machine must not change the items."""
     batch_size: int = Field(16, ge=1)
     """Prompts generated together."""
     draw: int = 0

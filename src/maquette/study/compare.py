@@ -15,6 +15,7 @@ import pyarrow as pa
 import yaml
 
 import maquette
+from maquette.errors import RunFailed
 from maquette.flow import Tell, untold
 from maquette.recipe import Recipe
 from maquette.study import report as reporting
@@ -115,8 +116,8 @@ def _conclude(
 ) -> Comparison:
     """Judge what was run, write the report, and record the verdicts."""
     arms = {name: _collect(name, outcomes, store) for name in study.arms}
-    verdicts = _judge_all(study, arms)
-    built = _report(study, arms, verdicts, store, tuned)
+    verdicts, unpaired = _judge_all(study, arms)
+    built = _report(study, arms, verdicts, store, tuned, unpaired)
     paths = reporting.render(built, store.study_dir(study.digest))
     for arm, verdict in verdicts.get(study.metric.name, {}).items():
         store.save_verdict(study.digest, arm, verdict.model_dump(mode="json"))
@@ -185,16 +186,31 @@ def _collect(name: str, outcomes: Sequence[TaskDone], store: Store) -> ArmRuns:
 # --- judging -------------------------------------------------------------------------------------
 
 
-def _judge_all(study: Study, arms: dict[str, ArmRuns]) -> dict[str, dict[str, Verdict]]:
-    """Verdicts by metric, then arm; an arm with fewer than three finished pairs has none."""
+def _judge_all(
+    study: Study, arms: dict[str, ArmRuns]
+) -> tuple[dict[str, dict[str, Verdict]], list[str]]:
+    """Verdicts by metric, then arm, and why a metric has none.
+
+    An arm with fewer than three finished pairs has none, nor has a metric whose items do not pair;
+    RunFailed if that is the metric of the study.
+    """
     verdicts: dict[str, dict[str, Verdict]] = {}
+    unpaired: list[str] = []
+    base = arms[study.baseline]
     for metric in study.metrics():
-        pairs = {
-            name: pair
-            for name, runs in arms.items()
-            if name != study.baseline
-            and (pair := _pair(study, arms[study.baseline], runs, metric)) is not None
-        }
+        try:
+            found = {n: _pair(study, base, r, metric) for n, r in arms.items() if r is not base}
+        except ValueError as error:
+            if metric == study.metric.name:
+                raise RunFailed(
+                    f"the runs are done and stored, but no verdict can be had: {error}",
+                    where=study.name,
+                    key="metric",
+                    mend="another `metric`, or an audit that gives every run the same items",
+                ) from None
+            unpaired.append(f"no verdict on {metric}: {error}")
+            continue
+        pairs = {name: pair for name, pair in found.items() if pair is not None}
         if pairs:
             verdicts[metric] = judge(
                 pairs,
@@ -203,7 +219,7 @@ def _judge_all(study: Study, arms: dict[str, ArmRuns]) -> dict[str, dict[str, Ve
                 rng=np.random.default_rng(0),
                 baseline=study.baseline,
             )
-    return verdicts
+    return verdicts, unpaired
 
 
 def _pair(study: Study, base: ArmRuns, arm: ArmRuns, metric: str) -> Paired | None:
@@ -228,12 +244,13 @@ def _report(
     verdicts: dict[str, dict[str, Verdict]],
     store: Store,
     tuned: Mapping[str, Tuned],
+    unpaired: Sequence[str],
 ) -> reporting.Report:
     primary = study.metric.name
     views = [_arm_view(study, runs, verdicts, store) for runs in arms.values()]
     base = next(view for view in views if view.name == study.baseline)
     charges: list[Charge] = []
-    warnings = _warnings(study, arms)
+    warnings = [*_warnings(study, arms), *unpaired]
     ledgers = {name: _total_ledger(runs) for name, runs in arms.items()}
     for name, ledger in ledgers.items():
         if name != study.baseline and ledger and ledgers[study.baseline]:
