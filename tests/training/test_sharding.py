@@ -16,10 +16,12 @@ from transformers import AutoModelForCausalLM
 
 from maquette.conformance.agreement import TOLERANCE, difference
 from maquette.conformance.ranks import carry_out, environments, launch
-from maquette.conformance.world import Run
+from maquette.conformance.world import OPTIONS, Run
 from maquette.errors import RunFailed
 from maquette.recipe import parse_recipe
+from maquette.study.compare import compare
 from maquette.study.store import Store
+from maquette.study.study import parse_study
 from maquette.training.distributed import ALONE
 from maquette.training.sharded_checkpoint import weights_of
 from maquette.training.sharding import _with_weights, clip_gradients
@@ -102,6 +104,18 @@ def test_bf16_differs_from_one_process_by_its_rounding_only(world, tmp_path):
 # --- the command line ----------------------------------------------------------------------------
 
 
+def on_two_ranks(arguments):
+    """(status, stdout, stderr) of `maquette` on each of two ranks."""
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "maquette", *arguments], stdout=-1, stderr=-1, text=True, env=env
+        )
+        for env in environments(2)
+    ]
+    said = [rank.communicate(timeout=120) for rank in ranks]
+    return [(rank.returncode, *texts) for rank, texts in zip(ranks, said, strict=True)]
+
+
 def test_a_launch_that_is_terminated_is_resumed_by_another(world, tmp_path):
     file, place = tmp_path / "mine.yaml", Path(home(world, "terminated"))
     data = recipe(world, budget="60step", microbatches=2)
@@ -117,14 +131,8 @@ def test_a_launch_that_is_terminated_is_resumed_by_another(world, tmp_path):
     first.send_signal(signal.SIGTERM)
     first.communicate(timeout=60)
     assert first.returncode != 0
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "maquette", *arguments], stdout=-1, stderr=-1, text=True, env=env
-        )
-        for env in environments(2)
-    ]
-    (out, errors), (silent, _) = [rank.communicate(timeout=120) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    [(status, out, errors), (other, silent, _)] = on_two_ranks(arguments)
+    assert (status, other) == (0, 0), errors
     assert silent == ""
     told = json.loads(out)
     store = Store(place)
@@ -139,15 +147,46 @@ def test_a_recipe_that_cannot_be_shared_ends_all_ranks_with_status_2(world, tmp_
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump(recipe(world, microbatches=3)))
     arguments = ["run", str(file), "--home", str(tmp_path), "--device", "cpu"]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "maquette", *arguments], stdout=-1, stderr=-1, text=True, env=env
-        )
-        for env in environments(2)
-    ]
-    said = [rank.communicate(timeout=120)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [2, 2]
-    assert "3 cannot be shared by 2 ranks" in said[0] and "microbatches=4" in said[0]
+    ranks = on_two_ranks(arguments)
+    assert [status for status, _, _ in ranks] == [2, 2]
+    said = ranks[0][2]
+    assert "3 cannot be shared by 2 ranks" in said and "microbatches=4" in said
+
+
+def test_a_study_on_two_ranks_has_the_values_of_one_process_and_one_voice(world, tmp_path):
+    data = {
+        "question": "Is a rate that trains better than one that does not?",
+        "workload": world.workload("text/causal"),
+        "size": "nano",
+        "objective": "causal-lm",
+        "budget": "4step",
+        "microbatches": 2,
+        "seeds": 3,
+        "metric": {"name": "bits-per-byte", "smallest_effect": "0.5%"},
+        "evaluate": [{"type": "bits-per-byte", "max_tokens": 4000}],
+        "baseline": "slow",
+        "arms": {
+            "slow": {"optim": {"type": "adamw", "learning_rate": 1e-5}},
+            "fast": {"optim": {"type": "adamw", "learning_rate": 1e-2}},
+        },
+    }
+    file = tmp_path / "rates.yaml"
+    file.write_text(yaml.safe_dump(data))
+    study, place = parse_study(data, name="rates"), home(world, "study-of-two")
+    arguments = ["compare", str(file), "--json", "--home", place, "--device", "cpu"]
+    [(status, out, errors), (other, silent, _)] = on_two_ranks(arguments)
+    assert (status, other) == (0, 0), errors
+    assert silent == ""
+    told = json.loads(out)
+    assert told["digest"] == study.digest
+    alone = compare(study, world.store("study-of-one"), OPTIONS)
+    # A processor with bf16 rounds the ranks' micro-batches in another order.
+    assert told["verdicts"]["fast"]["effect"] == pytest.approx(
+        alone.verdicts["fast"].effect, rel=0.02
+    )
+    runs = Store(place).list_runs(study.digest)
+    assert {(run.arm, run.seed) for run in runs} == {(a, s) for a in study.arms for s in range(3)}
+    assert {run.machine["processes"] for run in runs} == {2}
 
 
 # --- the pieces ----------------------------------------------------------------------------------

@@ -39,8 +39,12 @@ def narrowest(stage: Stage) -> Part:
 
 def check_ranks(recipe: Recipe, team: Team) -> None:
     """Refuse a recipe that this many ranks cannot train to the numbers of one process."""
-    if team.alone:
-        return
+    if not team.alone:
+        # Told by one to all: ranks that found it out apart would end while others still talk.
+        team.lead(lambda: _check_ranks(recipe, team))
+
+
+def _check_ranks(recipe: Recipe, team: Team) -> None:
     for stage in recipe.stages:
         if not stage.trains:
             continue
