@@ -195,6 +195,17 @@ def test_a_sketch_holds_what_was_computed_and_keeps_the_order(tmp_path):
     assert not (tmp_path / "sketch").exists()
 
 
+def test_texts_whose_hashes_agree_in_one_half_are_not_equal(tmp_path):
+    halves = np.array([[1, 7], [2, 7], [1, 7], [1, 8], [2, 7]], np.uint64)
+    with dedup.SketchFile(tmp_path / "sketch") as file:
+        file._exact, file.n_documents = [halves[:2], halves[2:]], 5
+        group = file.equal_texts()
+    assert (group[:, None] == group[None]).tolist() == (halves[:, None] == halves[None]).all(
+        -1
+    ).tolist()
+    assert set(group.tolist()) == {0, 1, 2}
+
+
 def test_exact_keys_ignore_white_space_and_unicode_composition_only():
     keys = dedup.exact_keys(["a b\n", " a  b", "a B", "caf\u00e9", "cafe\u0301"])
     same = (keys[:, None] == keys[None]).all(-1)

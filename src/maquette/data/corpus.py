@@ -262,7 +262,7 @@ def _documents(
     check_split(part[kept], fractions["held_out"], spec.path)
     parts = _write_parts(unsplit, to, part, why, report.bytes, tell)
     unsplit.unlink()
-    largest = int(np.unique(group[kept], return_counts=True)[1].max())
+    largest = int(np.bincount(group[kept]).max())
     removed = {EXACT: int((why == 1).sum()), NEAR: int((why == 2).sum())}
     return {"read": report.as_dict(), "duplicates": removed, "largest_group": largest,
             "parts": parts}  # fmt: skip

@@ -332,6 +332,13 @@ class SignatureFile:
         return found
 
 
+def _changes(ordered: np.ndarray) -> np.ndarray:
+    """True where a value differs from the one before it, and at the first."""
+    found = np.ones(len(ordered), bool)
+    found[1:] = ordered[1:] != ordered[:-1]
+    return found
+
+
 class SketchFile:
     """Collects the sketches of a corpus: signatures in a file, 24 bytes per document in memory.
 
@@ -363,19 +370,29 @@ class SketchFile:
 
     def keys(self) -> np.ndarray:
         """`documents.hash_ids` of each document, uint64 of shape (N,)."""
-        return np.concatenate(self._keys)
+        self._keys = [np.concatenate(self._keys)]  # one copy, whoever asks again
+        return self._keys[0]
 
     def equal_texts(self) -> np.ndarray:
-        """Number of the group of equal texts of each document, int64 of shape (N,)."""
-        high, low = (np.concatenate([rows[:, i] for rows in self._exact]) for i in (0, 1))
-        order = np.lexsort((high, low))
-        new_group = np.ones(len(order), bool)
-        new_group[1:] = False
-        for half in (high, low):
-            ordered = half[order]
-            new_group[1:] |= ordered[1:] != ordered[:-1]
-        group = np.empty(len(order), np.int64)
-        group[order] = np.cumsum(new_group)
+        """Number from 0 of the group of equal texts of each document, int32 of shape (N,), or
+        int64 for two billion documents and more. The hashes are let go: call it once.
+        """
+        n = self.n_documents
+        high, low = np.empty(n, np.uint64), np.empty(n, np.uint64)
+        start = 0
+        while self._exact:
+            rows = self._exact.pop(0)
+            here = slice(start, start + len(rows))
+            high[here], low[here], start = rows[:, 0], rows[:, 1], start + len(rows)
+        order = np.argsort(low, kind="stable")
+        low_changes, high_changes = (_changes(half[order]) for half in (low, high))
+        # Sorted by one half alone, equal texts lie together unless that half agrees by chance.
+        if (high_changes & ~low_changes).any():
+            order = np.lexsort((high, low))
+            low_changes, high_changes = (_changes(half[order]) for half in (low, high))
+        new_group = low_changes | high_changes
+        group = np.empty(n, np.int32 if n < 2**31 else np.int64)
+        group[order] = np.cumsum(new_group, dtype=group.dtype) - 1
         return group
 
     def signatures(self) -> SignatureFile:

@@ -35,7 +35,11 @@ def split(
             f"and {dev_fraction} dev"
         )
     keys = ids if isinstance(ids, np.ndarray) and ids.dtype == np.uint64 else hash_ids(ids)
-    _, group = np.unique(cluster, return_inverse=True)
+    if held_out_fraction == dev_fraction == 0:
+        return np.zeros(len(keys), np.int8)
+    group = cluster
+    if len(cluster) and not 0 <= cluster.min() <= cluster.max() < 2 * len(cluster):
+        _, group = np.unique(cluster, return_inverse=True)
     smallest = np.full(group.max(initial=-1) + 1, np.iinfo(np.uint64).max, np.uint64)
     np.minimum.at(smallest, group, keys)
     # Hashed again: the smallest of many hashes is small, and big clusters would all be held out.
