@@ -76,3 +76,8 @@ def test_groups_partition_the_bits_of_the_whole_and_a_dropped_domain_stays_held_
     value = {r["item"]: r["value"] for r in whole}
     assert {r["item"]: r["value"] for r in groups} == pytest.approx(value)
     assert all("sympy" in r["item"] for r in groups if r["metric"] == "bpb-math")
+    # The limit is one on the group's own text: what stands outside takes no share of it.
+    of_math = {r["item"]: r["weight"] for r in groups if r["metric"] == "bpb-math"}
+    enough = int(sum(of_math.values()) // 3 + 1)
+    alone = DomainBitsPerByte(groups={"math": ("sympy",)}, max_tokens=enough)
+    assert {r["item"] for r in alone.measure(subject, corpus, ctx).to_pylist()} == set(of_math)

@@ -84,7 +84,8 @@ print(by_group(bits, {"math": ("sympy",), "general": ("*",)}).to_pylist())
     """{name: globs of domains}; a domain counts in the first group it matches."""
 
     max_tokens: int = Field(300_000, ge=1)
-    """Held-out text scored, in tokens reckoned as 3 bytes, chosen by a hash of the document."""
+    """Held-out text of the groups that is scored, in tokens reckoned as 3 bytes, chosen by a hash
+    of the document."""
 
     def metric_directions(self) -> Mapping[str, Direction]:
         """One metric per group of this instance; lower is better."""
@@ -93,7 +94,7 @@ print(by_group(bits, {"math": ("sympy",), "general": ("*",)}).to_pylist())
     def measure(self, subject: Subject, data: Corpus, ctx: Ctx) -> pa.Table:
         groups = {name: tuple(globs) for name, globs in self.groups.items()}
         held = sorted({d for batch in data.documents("held_out") for d in _domains(batch)})
-        assign_groups(held, groups, leave_out=True, key="groups")
+        wanted = assign_groups(held, groups, leave_out=True, key="groups")
         with ctx.ledger.meter("evaluation"):
             bits = document_bits(
                 subject.model,
@@ -102,6 +103,7 @@ print(by_group(bits, {"math": ("sympy",), "general": ("*",)}).to_pylist())
                 device=ctx.device,
                 length=ctx.length or None,
                 max_tokens=self.max_tokens,
+                domains=wanted.keys(),
             )
         table = by_group(bits, groups)
         names = document_ids(data)
