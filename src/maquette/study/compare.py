@@ -191,15 +191,16 @@ def _judge_all(
 ) -> tuple[dict[str, dict[str, Verdict]], list[str]]:
     """Verdicts by metric, then arm, and why a metric has none.
 
-    An arm with fewer than three finished pairs has none, nor has a metric whose items do not pair;
-    RunFailed if that is the metric of the study.
+    An arm with fewer than three finished pairs has none, nor has a metric whose items do not pair
+    or whose baseline is 0 where the smallest effect is a share of it; RunFailed if that is the
+    metric of the study.
     """
     verdicts: dict[str, dict[str, Verdict]] = {}
     unpaired: list[str] = []
     base = arms[study.baseline]
     for metric in study.metrics():
         try:
-            found = {n: _pair(study, base, r, metric) for n, r in arms.items() if r is not base}
+            found = _judge(study, base, arms, metric)
         except ValueError as error:
             if metric == study.metric.name:
                 raise RunFailed(
@@ -210,16 +211,28 @@ def _judge_all(
                 ) from None
             unpaired.append(f"no verdict on {metric}: {error}")
             continue
-        pairs = {name: pair for name, pair in found.items() if pair is not None}
-        if pairs:
-            verdicts[metric] = judge(
-                pairs,
-                direction=study.direction(metric),
-                smallest_effect=study.metric.smallest_effect,
-                rng=np.random.default_rng(0),
-                baseline=study.baseline,
-            )
+        if found:
+            verdicts[metric] = found
     return verdicts, unpaired
+
+
+def _judge(
+    study: Study, base: ArmRuns, arms: Mapping[str, ArmRuns], metric: str
+) -> dict[str, Verdict]:
+    """Verdicts on one metric by arm. Raises ValueError when the items or the scale allow none."""
+    tried = {
+        name: _pair(study, base, runs, metric) for name, runs in arms.items() if runs is not base
+    }
+    pairs = {name: pair for name, pair in tried.items() if pair is not None}
+    if not pairs:
+        return {}
+    return judge(
+        pairs,
+        direction=study.direction(metric),
+        smallest_effect=study.metric.smallest_effect,
+        rng=np.random.default_rng(0),
+        baseline=study.baseline,
+    )
 
 
 def _pair(study: Study, base: ArmRuns, arm: ArmRuns, metric: str) -> Paired | None:
