@@ -99,6 +99,7 @@ def curated(files, tmp_path, name, **engine):
     target = tmp_path / name / "out.parquet"
     source = str(files / "corpus")
     card = curate_to(recipe(files), "r.yaml", source, target, tmp_path / name, **engine)
+    assert card.pop("files") == [str(target), str(target.parent / "out.dropped.parquet")]
     return card, target.read_bytes(), (target.parent / "out.dropped.parquet").read_bytes()
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from maquette import parts
+from maquette import parts, registry
 from maquette.conformance.world import OPTIONS
 from maquette.errors import BadInput, RunFailed
 from maquette.methods.objectives.causal_lm import CausalLM
@@ -212,7 +212,7 @@ def test_an_arm_that_breaks_is_marked_and_the_study_finishes(world, answered):
         arms = data(world)["arms"] | {"broken": {"objective": "breaks-at-once"}}
         result = compare(parse_study(data(world, arms=arms), name="broken"), store, OPTIONS)
     finally:
-        del parts._PARTS["objective"]["breaks-at-once"]
+        del registry._PARTS["objective"]["breaks-at-once"]
     assert result.verdicts["fast"].word == "helps"
     assert "broken" not in result.verdicts
     [arm] = [a for a in result.report.arms if a.name == "broken"]

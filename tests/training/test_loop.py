@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from maquette import parts
+from maquette import parts, registry
 from maquette.conformance.world import OPTIONS, Run, Stopped
 from maquette.errors import BadInput, RunFailed
 from maquette.methods.objectives.causal_lm import CausalLM
@@ -72,7 +72,7 @@ def breaks_at_step():
             return Loss(loss.total * float("nan")) if clock.step == self.at else loss
 
     yield
-    del parts._PARTS["objective"]["breaks-at-step"]
+    del registry._PARTS["objective"]["breaks-at-step"]
 
 
 # --- length and learning -------------------------------------------------------------------------

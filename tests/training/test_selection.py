@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from maquette import parts
+from maquette import parts, registry
 from maquette.conformance.world import OPTIONS, Run, Stopped
 from maquette.data.order import rows_at
 from maquette.errors import RunFailed
@@ -68,7 +68,7 @@ def asked():
             return (lambda steps: SIDE * len(self.at)) if self.costs else None
 
     yield steps
-    del parts._PARTS["feed"]["picky"]
+    del registry._PARTS["feed"]["picky"]
 
 
 def _examples(run):

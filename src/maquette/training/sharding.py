@@ -39,9 +39,13 @@ def narrowest(stage: Stage) -> Part:
 
 def check_ranks(recipe: Recipe, team: Team) -> None:
     """Refuse a recipe that this many ranks cannot train to the numbers of one process."""
-    if not team.alone:
-        # Told by one to all: ranks that found it out apart would end while others still talk.
-        team.lead(lambda: _check_ranks(recipe, team))
+    if team.alone:
+        return
+    try:
+        _check_ranks(recipe, team)
+    except BadInput as error:
+        error.everywhere = True  # every rank finds the same
+        raise
 
 
 def _check_ranks(recipe: Recipe, team: Team) -> None:
