@@ -5,9 +5,11 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 
 import pytest
 import yaml
@@ -93,10 +95,11 @@ def _kill_a_worker(home, driver):
         time.sleep(0.2)
         if not (home / "index.sqlite").exists():
             continue
-        import sqlite3
-
-        with sqlite3.connect(home / "index.sqlite", timeout=5) as db:
-            held = db.execute("SELECT pid FROM claims WHERE pid != ?", (driver.pid,)).fetchone()
+        try:
+            with closing(sqlite3.connect(home / "index.sqlite", timeout=5)) as db:
+                held = db.execute("SELECT pid FROM claims WHERE pid != ?", (driver.pid,)).fetchone()
+        except sqlite3.OperationalError:
+            continue  # the driver has made the file, but not yet its tables
         if held:
             os.kill(held[0], signal.SIGKILL)
             return held[0]
