@@ -5,12 +5,15 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import maquette.methods.data.toxicity_filter as module
 from maquette.data.documents import documents
 from maquette.data.scores import with_column
 from maquette.errors import BadInput
 from maquette.methods.data.toxicity_filter import (
+    TermRate,
     ToxicityFilter,
     bad_word_rate,
     read_words,
@@ -45,6 +48,14 @@ def test_terms_are_whole_words_in_any_case_and_script():
     pattern = term_pattern(["ass", "@$$", "馬鹿"])
     hits = [bad_word_rate(t, pattern) > 0 for t in ("an ass.", "class", "what @$$!", "彼は馬鹿だ")]
     assert hits == [True, False, True, True]
+
+
+@given(
+    st.lists(st.text("ab_ -$ßA", min_size=1, max_size=5).map(str.strip).filter(bool), min_size=1),
+    st.text("ab_ -$ßAB\n", max_size=40),
+)
+def test_words_looked_up_give_the_rate_of_the_pattern(terms, text):
+    assert TermRate(terms)(text) == bad_word_rate(text, term_pattern(terms))
 
 
 def test_an_empty_list_is_refused(tmp_path):

@@ -41,6 +41,10 @@ from maquette.parts import Card, Ctx, DataOp, State, register
 NAME = "toxicity"
 ENTRY_POINTS = "maquette.scorers"
 _WORD = re.compile(r"\w+")
+_PLAIN_TERM = re.compile(r"[a-z0-9](?:\w*[a-z0-9])?", re.ASCII)
+# Bytes of ASCII words in lower case, and a space for all others.
+_WORDS_ONLY = bytes(ord(c.lower()) if c.isalnum() or c == "_" else 32 for c in map(chr, range(128)))
+_WORDS_ONLY += b" " * 128
 
 
 def read_words(path: Path) -> tuple[str, ...]:
@@ -84,10 +88,34 @@ def bad_word_rate(text: str, pattern: re.Pattern[str]) -> float:
     return min(1.0, hits / max(1, len(_WORD.findall(text))))
 
 
+class TermRate:
+    """`bad_word_rate` of texts, several times as fast where a text is ASCII.
+
+    Terms that are one ASCII word are looked up among the text's words. The pattern is tried only
+    if the text holds the longest piece without white space of one of the other terms.
+    """
+
+    def __init__(self, terms: Sequence[str]) -> None:
+        self.pattern = term_pattern(terms)
+        lower = {term.lower() for term in terms}
+        self.words = {t.encode() for t in lower if _PLAIN_TERM.fullmatch(t)}
+        others = (t for t in lower if t.isascii() and t.encode() not in self.words)
+        self.pieces = sorted({max(term.split(), key=len).encode() for term in others})
+
+    def __call__(self, text: str) -> float:
+        if not text.isascii():
+            return bad_word_rate(text, self.pattern)
+        data = text.encode().lower()
+        if any(piece in data for piece in self.pieces):
+            return bad_word_rate(text, self.pattern)
+        found = data.translate(_WORDS_ONLY).split()
+        return sum(map(self.words.__contains__, found)) / max(1, len(found))
+
+
 def word_list_scorer(terms: Sequence[str]) -> Scorer:
     """A scorer that gives the `bad_word_rate` of each text."""
-    pattern = term_pattern(terms)
-    return lambda texts: np.array([bad_word_rate(t, pattern) for t in texts], dtype=np.float64)
+    rate = TermRate(terms)
+    return lambda texts: np.array([rate(text) for text in texts], dtype=np.float64)
 
 
 def find_scorer(name: str) -> tuple[str, Callable[[list[str]], Sequence[float]]]:
