@@ -7,15 +7,18 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from maquette.study.pool import Task, TaskDone
-from maquette.study.report import quantity
-from maquette.training.loop import Progress as Step
+from maquette.figures import quantity
+
+# The verbs about text alone need no training code, which takes seconds to import.
+if TYPE_CHECKING:
+    from maquette.study.pool import Task, TaskDone
+    from maquette.training.loop import Progress as Step
 
 LINE_EVERY = 10.0
 UNFOLDED = 10_000

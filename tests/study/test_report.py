@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 
 from maquette.errors import BadInput
+from maquette.figures import duration, quantity
 from maquette.study import plots
 from maquette.study.report import (
     Report,
-    duration,
     fence,
     markdown_text,
-    quantity,
     render,
     render_html,
 )

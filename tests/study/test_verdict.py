@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from maquette.figures import number
 from maquette.study.statistics import Interval, Paired
 from maquette.study.verdict import (
     break_even,
@@ -15,7 +16,6 @@ from maquette.study.verdict import (
     cost,
     decide,
     judge,
-    number,
     resolve_smallest_effect,
     rules_disagree,
     word_of,

@@ -50,7 +50,7 @@ def curate(
 
 def _summary(card: dict[str, Any]) -> Iterator[str]:
     """What was read, what each step dropped and why, with examples, and what is left."""
-    from maquette.study.report import quantity
+    from maquette.figures import quantity
 
     examples = card["examples"]
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def check(file: str, *, sets: Sets | None = None, common: Common = Common()) -> None:
     """What would run: sizes, FLOPs, memory, time and money. Refuses what cannot be compared."""
     from maquette import console
+    from maquette.figures import quantity
     from maquette.study.check import plan
-    from maquette.study.report import quantity
 
     recipes, seeds = load_recipes(file, sets or [])
     store, options = common.store(), common.options()

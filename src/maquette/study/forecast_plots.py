@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from maquette.figures import quantity
 from maquette.study import plots
 from maquette.study.forecast import Outcome
-from maquette.study.report import quantity
 
 BESIDE = 1.6  # how far a curve goes on beyond the last point, as a factor
 

@@ -13,12 +13,13 @@ import maquette
 from maquette import atomic
 from maquette.evaluation.law_bootstrap import Range
 from maquette.evaluation.scaling import Law
+from maquette.figures import number, places_for, quantity, signed
 from maquette.study import plots
 from maquette.study.forecast import Forecast, Outcome, predictor
 from maquette.study.forecast_plots import law_plot
 from maquette.study.ranks import RankTransfer
-from maquette.study.report import TEMPLATES, Number, environment, quantity
-from maquette.study.verdict import Word, number, places_for, signed
+from maquette.study.report import TEMPLATES, Number, environment
+from maquette.study.verdict import Word
 
 LETTERS = "ABCDEFGH"
 

@@ -18,16 +18,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from maquette import atomic
 from maquette.errors import BadInput
+from maquette.figures import number, places_for, quantity, signed
 from maquette.study import plots
-from maquette.study.verdict import (
-    Charge,
-    Direction,
-    Verdict,
-    charging_sentence,
-    number,
-    places_for,
-    signed,
-)
+from maquette.study.verdict import Charge, Direction, Verdict, charging_sentence
 
 TEMPLATES = Path(__file__).parent / "templates"
 UNITS = ("flops", "tokens", "bytes", "seconds")
@@ -165,42 +158,6 @@ def _check(report: Report | Mapping[str, Any]) -> Report:
             mend="name one of them",
         )
     return report
-
-
-# Numbers for people ------------------------------------------------------------------------------
-
-
-def quantity(value: float | None, unit: str) -> str:
-    """A cost with its unit and three digits: `1.24 PFLOP`, `3.1M`, `12 MB`, `2 h 05 min`."""
-    if value is None:
-        return "–"
-    if unit == "seconds":
-        return duration(value)
-    if value == 0:
-        return "0"
-    if unit == "flops":
-        steps, tail = ["", "k", "M", "G", "T", "P", "E", "Z", "Y"], "FLOP"
-    elif unit == "bytes":
-        steps, tail = ["", "k", "M", "G", "T", "P"], "B"
-    else:
-        steps, tail = ["", "k", "M", "B", "T"], ""
-    power = min(len(steps) - 1, max(0, math.floor(math.log10(abs(value)) / 3 + 1e-12)))
-    # 999.7 would be written as 1000 of the smaller unit.
-    if power < len(steps) - 1 and float(f"{value / 1000**power:.3g}") >= 1000:
-        power += 1
-    gap = " " if tail else ""
-    return f"{number(value / 1000**power)}{gap}{steps[power]}{tail}"
-
-
-def duration(seconds: float) -> str:
-    """`0.42 s`, `37 s`, `5 min 10 s`, `2 h 05 min`."""
-    if seconds < 60:
-        return f"{number(seconds)} s" if seconds < 59.95 else "1 min 00 s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 # What the templates see ---------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from maquette.errors import did_you_mean
+from maquette.figures import number, places_for, signed
 from maquette.study.statistics import (
     Interval,
     Paired,
@@ -88,27 +89,6 @@ def resolve_smallest_effect(given: float | str, baseline: float) -> float:
     if baseline == 0:
         raise ValueError(f"smallest_effect is `{given}` of a baseline that is 0: give a size")
     return abs(baseline) * size / 100
-
-
-def number(value: float, digits: int = 3) -> str:
-    """A number for people: `digits` significant digits, no trailing zeros, scientific when far."""
-    if value == 0 or not math.isfinite(value):
-        return "0" if value == 0 else str(value)
-    if 1e-4 <= abs(value) < 1e6:
-        places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
-        text = f"{value:.{places}f}"
-        return text.rstrip("0").rstrip(".") if "." in text else text
-    return f"{value:.{digits - 1}e}"
-
-
-def signed(value: float, places: int) -> str:
-    """A signed number with a true minus sign."""
-    return f"{value:+.{places}f}".replace("-", "−")
-
-
-def places_for(spread: float) -> int:
-    """Decimal places that show two significant digits of a spread."""
-    return 4 if spread <= 0 else min(12, max(0, 1 - math.floor(math.log10(spread))))
 
 
 def word_of(interval: Interval, direction: Direction, smallest_effect: float) -> Word:
