@@ -1,6 +1,8 @@
 """Joining a launch: what the environment must hold, and what is refused."""
 
 import pickle
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -74,6 +76,24 @@ def test_ranks_that_never_come_are_waited_for_no_longer_than_said(monkeypatch):
     with pytest.raises(BadInput, match="not all ranks came") as error:
         join(CPU, seconds=1.0)
     assert error.value.exit_status == 2
+
+
+def test_ranks_that_disagree_about_their_number_all_end_at_once():
+    """And so do not wait for the ranks that one of them alone expects."""
+    join_now = (
+        "import torch\nfrom maquette.training.distributed import join\njoin(torch.device('cpu'))"
+    )
+    two = environments(2)
+    two[1]["WORLD_SIZE"] = "3"
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", join_now], env=env, stderr=subprocess.PIPE, text=True
+        )
+        for env in two
+    ]
+    for rank in ranks:
+        _, said = rank.communicate(timeout=100)
+        assert "is 2 for one process and 3 for another" in said
 
 
 def test_a_device_that_cannot_be_shared_is_refused(monkeypatch):

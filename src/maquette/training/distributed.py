@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,6 +25,7 @@ T = TypeVar("T")
 
 JOIN_SECONDS = 120.0
 """How long a rank waits for the others to start."""
+POLL_SECONDS = 0.05
 DATA_TIMEOUT = timedelta(minutes=30)
 """How long a rank waits inside an exchange of tensors, where all arrive at about the same time."""
 CONTROL_TIMEOUT = timedelta(hours=24)
@@ -264,11 +266,33 @@ def _backend(device: torch.device) -> str:
     return "cpu:gloo,cuda:nccl"
 
 
+def _open_store(rank: int, seconds: float) -> Any:
+    """The launch's key-value store, which rank 0 serves or, under torchrun, its agent.
+
+    Not torch's `rendezvous`: that waits for as many processes as this one's WORLD_SIZE says.
+    """
+    import torch.distributed as dist
+
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        None,
+        rank == 0 and not agent,
+        timedelta(seconds=seconds),
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
+    if not agent:
+        return store
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"/worker/attempt_{attempt}", store)  # type: ignore[attr-defined]
+
+
 def _meet(rank: int, size: int, seconds: float) -> Any:
     """The launch's key-value store, once every rank has written its name into it."""
     import torch
     import torch.distributed as dist
-    from torch.distributed.rendezvous import rendezvous
 
     import maquette
 
@@ -280,8 +304,10 @@ def _meet(rank: int, size: int, seconds: float) -> Any:
         mend=f"start {size} processes with the ranks 0 to {size - 1}: `{LAUNCH}` does",
     )
     mine = f"maquette {maquette.__version__}, torch {torch.__version__}"
+    keys = [f"runs/{r}" for r in range(size)]
+    last = time.monotonic() + seconds
     try:
-        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=seconds)))
+        store = _open_store(rank, seconds)
         if store.add(f"here/{rank}", 1) > 1:
             raise BadInput(
                 f"two processes say they are rank {rank}",
@@ -289,11 +315,27 @@ def _meet(rank: int, size: int, seconds: float) -> Any:
                 key="RANK",
                 mend=f"launch with `{LAUNCH}`",
             )
+        first = int(store.compare_set("size", "", str(size)))
+        if first != size:
+            store.set("other size", str(size))
         store.set(f"runs/{rank}", mine)
-        store.wait([f"runs/{r}" for r in range(size)], timedelta(seconds=seconds))
+        while first == size and not store.check(["other size"]) and not store.check(keys):
+            if time.monotonic() > last:
+                raise absent
+            time.sleep(POLL_SECONDS)
+        if store.check(["other size"]):
+            sizes = sorted((first, int(store.get("other size"))))
+            # Rank 0 may serve the store: the others must read of it before it ends.
+            time.sleep(20 * POLL_SECONDS)
+            raise BadInput(
+                f"is {sizes[0]} for one process and {sizes[1]} for another",
+                where="environment",
+                key="WORLD_SIZE",
+                mend=f"give all processes the same number: `{LAUNCH}` does",
+            )
     except (dist.DistError, RuntimeError, ValueError, OSError) as error:
         raise absent from error
-    others = {store.get(f"runs/{r}").decode() for r in range(size)}
+    others = {store.get(key).decode() for key in keys}
     if len(others) > 1:
         raise BadInput(
             f"the ranks run different software: {'; '.join(sorted(others))}",
