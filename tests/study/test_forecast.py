@@ -131,6 +131,35 @@ def test_rank_transfer_is_reported_from_the_smallest_and_the_largest_size():
     assert turned.tau == -1
 
 
+@pytest.mark.parametrize(
+    ("lost", "note"),
+    [
+        (lambda run, ladder: run.size == ladder.sizes[-1], "no run of 30m finished"),
+        (lambda run, ladder: run.rule == ladder.rules[-1], "80tok/param finished"),
+    ],
+)
+def test_a_top_rung_of_which_no_run_finished_leaves_the_laws_of_the_others(lost, note):
+    law = Law(1.0, (30.0, 40.0), (0.3, 0.28))
+    ladder = parse_ladder(
+        {
+            "sizes": ["nano", "1m", "3m", "10m", "30m"],
+            "budget": ["2tok/param", "5tok/param", "10tok/param", "20tok/param", "80tok/param"],
+        }
+    )
+    runs = [r for r in recorded(ladder, dict.fromkeys(LAWS, law)) if not lost(r, ladder)]
+    found = forecast_runs(study(), ladder, runs)
+    assert all(outcome.spread is not None for outcome in found.outcomes["plain"])
+    assert any(note in said for said in found.notes)
+
+
+def test_points_that_determine_no_exponent_get_no_floor():
+    flat = Points("a", ("params",), np.array([[1e6], [2e6], [4e6], [8e6], [16e6]]), np.full(5, 2.0))
+    outcome = fit_points(flat, (1e8,))
+    assert outcome.spread is outcome.target is None
+    assert "determine neither it nor a floor" in outcome.reason
+    assert outcome.held_out[0].error == pytest.approx(0)
+
+
 def test_losses_that_rise_are_refused_but_their_held_out_error_and_ranks_are_told():
     ladder = parse_ladder({})
     runs = [replace(r, value=r.value + (0.5 if r.size == "10m" else 0)) for r in recorded(ladder)]

@@ -46,6 +46,13 @@ def test_a_byte_order_mark_and_blank_lines_are_no_trouble(tmp_path):
     assert read_points(path, ["params"], "loss")["all runs"].loss_P.tolist() == [3, 2.5]
 
 
+def test_runs_of_equal_losses_are_told_apart_by_any_other_column(tmp_path):
+    twins = [{"seed": seed, "params": 1e6, "loss": 3.2} for seed in (0, 1)]
+    rows = [*twins, {"seed": 0, "params": 2e6, "loss": 3.0}]
+    [points] = read_points(write(tmp_path / "t.csv", rows), ["params"], "loss").values()
+    assert points.loss_P.tolist() == [3.2, 3.2, 3.0]
+
+
 @pytest.mark.parametrize(
     ("change", "key", "message"),
     [

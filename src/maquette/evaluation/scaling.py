@@ -224,6 +224,8 @@ def check_points(x: ArrayLike, loss: ArrayLike, names: Sequence[str] = ("N", "D"
 
 
 def _check_enough(x_PV: Array, names: Sequence[str]) -> None:
+    if not len(x_PV):
+        raise NoLaw("there are no points")
     n_points = int(distinct(x_PV).max()) + 1
     V = x_PV.shape[1]
     values = [int(distinct(x_PV[:, [v]]).max()) + 1 for v in range(V)]

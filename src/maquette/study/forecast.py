@@ -14,7 +14,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from maquette.evaluation.law_bootstrap import DRAWS, LEVEL, Range, Spread, bootstrap
-from maquette.evaluation.scaling import Array, HeldOut, NoLaw, check_points, fit_law, held_out
+from maquette.evaluation.scaling import (
+    Array,
+    Fit,
+    HeldOut,
+    NoLaw,
+    check_points,
+    fit_law,
+    held_out,
+)
 from maquette.study.ranks import RankTransfer
 from maquette.study.statistics import Interval
 from maquette.study.verdict import Word, resolve_smallest_effect, word_of
@@ -108,13 +116,24 @@ def fit_points(
         missed = ()
     try:
         check_points(x, loss, points.variables)
-        rng = np.random.default_rng(seed)
-        spread = bootstrap(fit_law(x, loss), rng=rng, draws=draws, level=level)
+        fit = fit_law(x, loss)
+        _check_determined(fit, points.variables)
+        spread = bootstrap(fit, rng=np.random.default_rng(seed), draws=draws, level=level)
     except NoLaw as error:
         return Outcome(points, None, str(error), missed, target, None, ())
     predicted = None if target is None else spread.predict(*target)
     warnings = tuple(_warnings(points, spread, missed, target))
     return Outcome(points, spread, "", missed, target, predicted, warnings)
+
+
+def _check_determined(fit: Fit, names: Sequence[str]) -> None:
+    """Raise NoLaw when an exponent ended at a bound, which then made the floor."""
+    for name, exponent, loose in zip(names, fit.law.exponents, fit.at_bound, strict=True):
+        if loose:
+            raise NoLaw(
+                f"the exponent of {name} ended at a bound of the search ({exponent:.3g}): the "
+                "points determine neither it nor a floor"
+            )
 
 
 def _warnings(
@@ -133,10 +152,6 @@ def _warnings(
             f"{best} predicts the largest size better ({errors[best]:.2%} off against "
             f"{errors[asked.form]:.2%}): the floor rests on little"
         )
-    for name, loose in zip(points.variables, spread.fit.at_bound, strict=True):
-        if loose:
-            found.append(f"the exponent of {name} ended at a bound of the search: the points do "
-                         "not determine it")  # fmt: skip
     if spread.floor.low < 0.01 * float(points.loss_P.min()):
         found.append("the points do not tell the floor from 0")
     if spread.unit == "points":

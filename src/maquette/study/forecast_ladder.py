@@ -15,11 +15,12 @@ from maquette.evaluation.scaling import MIN_POINTS
 from maquette.flow import Tell, untold
 from maquette.quantities import SIZES
 from maquette.recipe import digest
+from maquette.registry import packages_of
 from maquette.study.compare import prepare_corpora
 from maquette.study.execute import Options, pick_device
 from maquette.study.forecast import Forecast, Points, forecast_points
 from maquette.study.ladder import Ladder, Rule, anchor, check_arms, on_rung
-from maquette.study.pool import HERE, Place, Task, TaskDone, run_tasks
+from maquette.study.pool import HERE, Place, Task, TaskDone, check_place, run_tasks
 from maquette.study.ranks import RankTransfer, rank_transfer
 from maquette.study.statistics import MIN_SEEDS
 from maquette.study.store import Store
@@ -81,8 +82,10 @@ def forecast_study(
     for arm in study.arms:
         study.audit_of(study.metric.name, arm)
     check_arms(study.arms, study.where or None)
+    check_place(place, store, options)
     name = forecast_digest(study, ladder)
-    text = yaml.safe_dump({**study.spec(), "ladder": ladder.spec()}, sort_keys=False)
+    others = packages_of(part for recipe in study.arms.values() for part in recipe.parts)
+    text = yaml.safe_dump({**study.spec(), "ladder": ladder.spec(), **others}, sort_keys=False)
     store.save_study(name, text, "running", name=study.name)
     rungs = ladder.rungs()
     tasks = {
@@ -166,7 +169,12 @@ def forecast_runs(
     every arm in the same order.
     """
     largest, metric = ladder.rules[-1], study.metric.name
+    size_ran, rule_ran = _largest_ran(ladder, runs)
     notes = []
+    if size_ran != ladder.sizes[-1]:
+        notes.append(f"no run of {ladder.sizes[-1]} finished: {size_ran} is the largest size")
+    if rule_ran != largest:
+        notes.append(f"no run with the budget {largest} finished: {rule_ran} is the largest")
     if study.direction(metric) == "higher":
         lower = [m for m in study.metrics() if study.direction(m) == "lower"]
         notes.append(
@@ -198,7 +206,7 @@ def forecast_runs(
             )
     if study.tune is not None:
         notes.append("the study tunes its arms; on the ladder they run as they are written")
-    ranks = _ranks(study, [r for r in runs if r.rule == largest], level)
+    ranks = _ranks(study, [r for r in runs if r.rule == rule_ran], level)
     return replace(forecast, ranks=ranks, notes=(*forecast.notes, *notes))
 
 
@@ -208,14 +216,22 @@ def _laws(arm: str, ladder: Ladder, runs: Sequence[Run]) -> list[Points]:
     x = np.array([(run.params, run.tokens) for run in mine])
     loss = np.array([run.value for run in mine])
     both = Points(arm, (PARAMS, TOKENS), x, loss, paired=True)
-    richest = np.array([run.rule == ladder.rules[-1] for run in mine])
-    biggest = np.array([run.size == ladder.sizes[-1] for run in mine])
+    size, rule = _largest_ran(ladder, mine)
+    richest = np.array([run.rule == rule for run in mine])
+    biggest = np.array([run.size == size for run in mine])
     if len(ladder.rules) == 1:
         # Along one rule tokens move with the size: over tokens it is the same line, relabelled;
         # under one budget of tokens for all sizes they do not move at all.
         move = len(np.unique(x[:, 1])) > 1
         return [both.over(PARAMS), *([both.over(TOKENS)] if move else [])]
     return [both, both.over(PARAMS, richest), both.over(TOKENS, biggest)]
+
+
+def _largest_ran(ladder: Ladder, runs: Sequence[Run]) -> tuple[str, Rule]:
+    """The largest size and budget that some run finished; a failing rung takes no law with it."""
+    sizes = [size for size in ladder.sizes if any(run.size == size for run in runs)]
+    rules = [rule for rule in ladder.rules if any(run.rule == rule for run in runs)]
+    return sizes[-1], rules[-1]
 
 
 def _ranks(study: Study, runs: Sequence[Run], level: float) -> RankTransfer | None:

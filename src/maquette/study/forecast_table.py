@@ -27,7 +27,8 @@ def read_points(
     x: one or two columns, positive numbers. y: the column of the loss, positive, lower better.
     group: the column that names the arm; None takes all rows for one.
     Raises BadInput naming file, column, row and mend: a column that is not there, a value that is
-    no number, not finite or not positive, a row that repeats another, one value of x alone.
+    no number, not finite or not positive, a row that repeats another in every column (a column
+    such as `seed` tells runs of equal losses apart), one value of x alone.
     """
     if len(x) not in (1, 2) or len(set(x)) != len(x):
         raise BadInput(
@@ -38,12 +39,13 @@ def read_points(
     for place, row in _rows(path):
         values = tuple(_number(row, column, path, place) for column in (*x, y))
         arm = ONE_ARM if group is None else _name(row, group, path, place)
-        before = seen.setdefault((arm, *values), place)
+        others = (str(cell) for name, cell in row.items() if name not in (*x, y))
+        before = seen.setdefault((arm, *values, *others), place)
         if before != place:
             raise BadInput(
-                f"{place} repeats {before}: the same {', '.join((*x, y))}",
+                f"{place} repeats {before}: the same {', '.join(row)}",
                 where=path,
-                mend="remove it; runs of several seeds have losses of their own",
+                mend="remove it, or tell runs of equal losses apart by a column such as `seed`",
             )
         arms.setdefault(arm, []).append(values)
     if not arms:
