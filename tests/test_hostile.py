@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import zstandard
@@ -21,6 +25,7 @@ from maquette.data.cache import built_once
 from maquette.data.corpus_spec import CorpusSpec
 from maquette.data.readers import read
 from maquette.data.streams import ReadReport
+from maquette.data.writers import ENDINGS, ending_of
 from maquette.errors import BadInput, RunFailed
 from maquette.study.audit import load_any
 from maquette.study.store import Store
@@ -194,6 +199,161 @@ def test_a_single_line_of_200_megabytes_stays_within_memory(tmp_path: Path) -> N
         # The line goes on in further documents, or is dropped with its reason; either is told.
         wanted = " Counter()" if name == "a.txt" else streams.TOO_LONG_RECORD
         assert wanted in said, said
+
+
+def test_a_line_of_small_objects_in_a_column_nobody_asked_for_stays_within_memory(tmp_path):
+    deep = b'{"":' * 50 + b"0" + b"}" * 50
+    for n_bytes, said in ((15 << 20, "1 Counter()"), (63 << 20, streams.TOO_LONG_RECORD)):
+        line = b'{"text": "a", "x": [' + (deep + b",") * (n_bytes // len(deep)) + b"0]}\n"
+        assert said in bounded(READ, written(tmp_path, line, "a.jsonl"))
+
+
+def repeated(n_rows: int) -> pa.Table:
+    """One text of a megabyte in every row, stored once."""
+    rows = pa.array([0] * n_rows, pa.int32())
+    text = pa.DictionaryArray.from_arrays(rows, pa.array(["a" * 1_000_000]))
+    return pa.table({"text": text})
+
+
+def test_a_parquet_dictionary_that_stands_for_gigabytes_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    for store_schema in (False, True):  # as text, and as the dictionary the file asks for
+        pq.write_table(repeated(200_000), path, compression="zstd", store_schema=store_schema)
+        assert path.stat().st_size < 2000
+        assert "expands to over 100 times" in bounded(READ, path, memory=GIB // 2)
+
+
+def test_a_parquet_text_that_repeats_the_one_before_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    table = pa.table({"text": ["a" * 1_000_000] * 1000})
+    encoded = {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}}
+    pq.write_table(table, path, compression="zstd", **encoded)
+    assert "expands to over 100 times" in bounded(READ, path, memory=GIB // 2)
+
+
+SMALL_BLOCKS = f"""
+from maquette.data import streams
+streams.MAX_BLOCK_BYTES = 60 << 20
+{READ.replace("path=sys.argv[1]", "path=sys.argv[1], max_expansion=10**9")}
+"""
+
+
+@pytest.mark.parametrize("dictionary", [False, True])
+def test_a_parquet_page_is_judged_before_it_is_decompressed(tmp_path: Path, dictionary) -> None:
+    path = tmp_path / "a.parquet"
+    table = pa.table({"text": ["a" * (40 << 20)] * 2})
+    pq.write_table(table, path, compression="zstd", use_dictionary=dictionary)
+    assert "MB of memory, over the 60 MB" in bounded(SMALL_BLOCKS, path, memory=GIB // 2)
+
+
+@pytest.mark.parametrize("compression", ["zstd", "snappy", "gzip", "none"])
+def test_a_dictionary_of_many_long_documents_is_no_bomb(tmp_path: Path, compression) -> None:
+    path = tmp_path / "a.parquet"
+    books = [f"{i:03d}" + "a" * 250_000 for i in range(100)]  # writers look at its size at row 1024
+    pq.write_table(pa.table({"text": books}), path, compression=compression)
+    assert bounded(SMALL_BLOCKS, path, memory=GIB // 2) == "100 Counter()\n"
+
+
+def test_endless_empty_rows_are_refused_after_half_a_million(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    empty = pa.table({"text": pa.nulls(5_000_000, pa.string())})
+    pq.write_table(empty, path, compression="zstd")
+    for corpus in (path, saved_dataset(tmp_path / "ds", empty.to_batches(), "zstd")):
+        report = ReadReport()
+        with pytest.raises(BadInput, match="expands to over 100 times"):
+            list(read(CorpusSpec(path=str(corpus)), report))
+        assert sum(report.dropped.values()) < 600_000
+
+
+def test_no_flipped_bit_in_the_footer_of_a_parquet_file_ends_the_process(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["one"]}), path, store_schema=False)
+    flip = """
+import pathlib
+sound = pathlib.Path(sys.argv[1]).read_bytes()
+for bit in range(8 * sound.rindex(b"parquet-cpp"), 8 * 4, -1):
+    data = bytearray(sound)
+    data[bit // 8] ^= 1 << bit % 8
+    pathlib.Path(sys.argv[1]).write_bytes(data)
+    try:
+        list(read(CorpusSpec(path=sys.argv[1])))
+    except BadInput:
+        pass
+print("alive")
+"""
+    assert "alive" in bounded(READ + flip, path, memory=GIB // 2)
+
+
+def test_a_parquet_column_of_lists_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [["a"] * 1000]}), path)
+    with pytest.raises(BadInput, match="the column `text` holds list") as caught:
+        list(read(CorpusSpec(path=str(path))))
+    assert caught.value.key == "text_column"
+
+
+def saved_dataset(folder: Path, batches: list[pa.RecordBatch], compression: str | None) -> Path:
+    """A folder as `save_to_disk` writes it, which itself never compresses."""
+    folder.mkdir()
+    options = pa.ipc.IpcWriteOptions(compression=compression)
+    with pa.ipc.new_stream(folder / "data.arrow", batches[0].schema, options=options) as stream:
+        for batch in batches:
+            stream.write_batch(batch)
+    written(folder, json.dumps({"_data_files": [{"filename": "data.arrow"}]}), "state.json")
+    return folder
+
+
+@pytest.mark.parametrize("compression", ["zstd", "lz4"])
+def test_a_saved_dataset_that_expands_to_gigabytes_is_refused(tmp_path, compression) -> None:
+    batch = pa.record_batch({"text": ["a" * 100_000_000]})
+    place = saved_dataset(tmp_path / "ds", [batch] * 40, compression)
+    assert bounded(READ, place, memory=GIB // 2).count("over") == 1
+
+
+def test_a_compressed_saved_dataset_is_read_and_a_too_large_batch_of_one_refused(tmp_path) -> None:
+    noise = [np.random.default_rng(i).bytes(5000).hex() for i in range(9)]
+    place = saved_dataset(tmp_path / "a", [pa.record_batch({"text": noise})] * 2, "zstd")
+    assert sum(b.num_rows for b in read(CorpusSpec(path=str(place)))) == 18
+    place = saved_dataset(tmp_path / "b", [pa.record_batch({"text": ["a" * (40 << 20)]})], "zstd")
+    assert "MB of memory, over the 60 MB" in bounded(SMALL_BLOCKS, place, memory=GIB // 2)
+
+
+def test_a_saved_dataset_whose_offsets_lead_out_of_its_text_is_refused(tmp_path: Path) -> None:
+    offsets = pa.py_buffer(np.array([0, 1 << 30, 4], np.int32))
+    text = pa.StringArray.from_buffers(2, offsets, pa.py_buffer(b"text"))
+    place = saved_dataset(tmp_path / "ds", [pa.record_batch({"text": text})], None)
+    with pytest.raises(BadInput, match="truncated or damaged"):
+        list(read(CorpusSpec(path=str(place))))
+
+
+@pytest.mark.parametrize("name", ["../a.arrow", "/etc/passwd", "..", "", "no.arrow", 3])
+def test_a_saved_dataset_lists_files_of_its_own_folder_only(tmp_path: Path, name) -> None:
+    batch = pa.record_batch({"text": ["a"]})
+    place = saved_dataset(tmp_path / "ds", [batch], None)
+    written(tmp_path, (place / "data.arrow").read_bytes(), "a.arrow")
+    written(place, json.dumps({"_data_files": [{"filename": name}]}), "state.json")
+    with pytest.raises(BadInput, match=r"no saved dataset|not there"):
+        list(read(CorpusSpec(path=str(place))))
+
+
+def test_records_too_long_are_dropped_from_parquet_and_saved_datasets_too(tmp_path: Path) -> None:
+    long = np.random.default_rng(0).bytes(streams.MAX_RECORD_BYTES // 2 + 1).hex()
+    batch = pa.record_batch({"text": ["one", long, "two"]})
+    pq.write_table(pa.table(batch), tmp_path / "a.parquet")
+    for path in (tmp_path / "a.parquet", saved_dataset(tmp_path / "ds", [batch], None)):
+        report = ReadReport()
+        [found] = read(CorpusSpec(path=str(path)), report)
+        assert found.column("text").to_pylist() == ["one", "two"]
+        assert report.dropped == {streams.TOO_LONG_RECORD: 1}
+
+
+def test_no_table_is_written_as_csv_so_no_cell_is_taken_for_a_formula(tmp_path: Path) -> None:
+    assert not [ending for ending in ENDINGS if "csv" in ending or "tsv" in ending]
+    with pytest.raises(BadInput, match="says no format"):
+        ending_of(tmp_path / "a.csv")
+    writers = re.compile(r"to_csv|write_csv|csv\.(writer|DictWriter)|pyarrow\.csv")
+    sources = Path(streams.__file__).parents[1].rglob("*.py")
+    assert [str(f) for f in sources if writers.search(f.read_text())] == []
 
 
 def test_bytes_that_never_begin_a_character_are_cut_in_time_linear_in_their_number(tmp_path):

@@ -108,6 +108,15 @@ def corpus(suffix: str, packed: Callable[[bytes], bytes] = bytes) -> Case:
     return case
 
 
+def saved_dataset(data: bytes, folder: Path) -> None:
+    place = folder / "saved"
+    place.mkdir(exist_ok=True)
+    (place / "data.arrow").write_bytes(data)
+    (place / "state.json").write_text('{"_data_files": [{"filename": "data.arrow"}]}')
+    for _ in read(CorpusSpec(path=str(place))):
+        pass
+
+
 def folder_of_files(data: bytes, folder: Path) -> None:
     place = folder / "corpus"
     shutil.rmtree(place, ignore_errors=True)
@@ -222,7 +231,22 @@ _LINES = (
     b'{"text": "one"}\n{"text": "two", "year": 2004}\n\n{"text": "\\ud83d\\ude00"}\n',
     "é word\n\n𝄞 more\r\n \nlast".encode() + b"\0\xff\xef\xbb\xbf",
 )
+_OBJECTS = b'{"text": "a", "x": [' + b'{"":' * 99 + b"0" + b"}" * 99 + b"]}\n"
 _TABLE = pa.table({"text": ["one", "two", None], "year": [1, 2, 3]})
+_REPEATED = pa.table(
+    {"text": pa.DictionaryArray.from_arrays(pa.array([0] * 9000), pa.array(["a" * 1_000_000]))}
+)
+
+
+def _arrow(table: pa.Table, compression: str | None = None) -> bytes:
+    sink = io.BytesIO()
+    options = pa.ipc.IpcWriteOptions(compression=compression)
+    with pa.ipc.new_stream(sink, table.schema, options=options) as stream:
+        stream.write_table(table)
+    return sink.getvalue()
+
+
+_LETTERS = pa.table({"text": ["a" * 20_000_000]})
 _RUN = (
     b'{"digest": "x", "arm": "a", "seed": 0, "status": "done", "metrics": {"m": 1.5}, '
     b'"ledger": {}, "machine": {}, "reason": null, "started": 1.0, "finished": 2.0}'
@@ -241,15 +265,23 @@ TARGETS: dict[str, Target] = {
     "override": Target(override, (b"optim.beta1=0.9", b"seeds=[1, 2]", b"a.b.c={x: &a 1}"), 12),
     "units": Target(units, (b"3e15flop", b"10min", b"64MB", b"1.5 GiB", b"0step"), 25),
     "txt": Target(corpus(".txt"), _LINES, 6),
-    "jsonl": Target(corpus(".jsonl"), _LINES, 8),
+    "jsonl": Target(corpus(".jsonl"), (*_LINES, _OBJECTS), 8),
     "jsonl inside gz": Target(corpus(".jsonl.gz", gzip.compress), _LINES, 3),
     "jsonl inside zst": Target(corpus(".jsonl.zst", zstandard.compress), _LINES, 3),
     "gz": Target(corpus(".jsonl.gz"), tuple(map(gzip.compress, _LINES)), 3),
     "zst": Target(corpus(".jsonl.zst"), tuple(map(zstandard.compress, _LINES)), 3),
     "parquet": Target(
         corpus(".parquet"),
-        (_parquet(_TABLE), _parquet(_TABLE, compression="zstd"), _parquet(_TABLE.slice(0, 0))),
+        (
+            _parquet(_TABLE),
+            _parquet(_TABLE, compression="zstd"),
+            _parquet(_TABLE.slice(0, 0)),
+            _parquet(_REPEATED, compression="zstd"),
+        ),
         4,
+    ),
+    "saved": Target(
+        saved_dataset, (_arrow(_TABLE), _arrow(_TABLE, "zstd"), _arrow(_LETTERS, "zstd")), 2
     ),
     "folder": Target(folder_of_files, (b"one--x = 1--" + _LINES[0] + b"--# h--z",), 2),
     "packing": Target(packing, (b"one|two|\xc3\xa9|", "𝄞|[EOS]|<s>".encode()), 2),

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+from maquette.data.arrow_reader import arrow_stream
 from maquette.data.corpus_spec import CorpusSpec, File, Raw
-from maquette.data.formats import check_columns, columns, from_record
+from maquette.data.formats import check_columns, from_record
 from maquette.data.streams import ReadReport
 from maquette.errors import BadInput, did_you_mean
+
+_STATE_BYTES = 1 << 20
+"""A list of files is not longer; what is longer is cut, and so refused."""
 
 
 def _rows(spec: CorpusSpec, rows: Any, name: str, report: ReadReport) -> Iterator[Raw]:
@@ -30,29 +36,53 @@ def _datasets() -> Any:
 
 
 def saved(spec: CorpusSpec, report: ReadReport) -> Iterator[Raw]:
-    """Rows of a folder that `save_to_disk` wrote."""
-    try:
-        loaded = _datasets().load_from_disk(str(Path(spec.path).expanduser()))
-    except Exception as error:
-        raise BadInput(
-            f"`datasets` cannot load the folder ({error})",
-            where=spec.path,
-            mend="save it again with `save_to_disk`",
-        ) from error
-    name = Path(spec.path).name
-    if isinstance(loaded, dict):
-        split = spec.split or ("train" if "train" in loaded else next(iter(loaded)))
-        if split not in loaded:
+    """Rows of a folder that `save_to_disk` wrote.
+
+    The files are read here and not by `datasets`, which decompresses a whole file when it opens it.
+    """
+    root = Path(spec.path).expanduser()
+    name = root.name
+    if not (root / "state.json").is_file():
+        splits = _listed(root / "dataset_dict.json", "splits")
+        split = spec.split or ("train" if "train" in splits else splits[0])
+        if split not in splits:
             raise BadInput(
                 f"there is no split `{split}`",
                 where=spec.path,
                 key="split",
-                mend=did_you_mean(split, loaded),
+                mend=did_you_mean(split, splits),
             )
-        loaded, name = loaded[split], f"{name}/{split}"
-    check_columns(spec, loaded.column_names, spec.path)
-    rows = loaded.select_columns(columns(spec)).to_iterable_dataset()
-    yield from _rows(spec, rows, name, report)
+        root, name = root / split, f"{name}/{split}"
+    ids = (f"{name}:{n}" for n in count())
+    for data in _listed(root / "state.json", "_data_files"):
+        path = root / data
+        if not path.is_file():
+            raise BadInput(
+                "the file is listed and not there",
+                where=path,
+                mend="save the dataset again with `save_to_disk`",
+            )
+        file = File(path, name, path.stat().st_size, 0, name.rsplit("/", 1)[-1])
+        yield from arrow_stream(spec, file, ids, report)
+
+
+def _listed(path: Path, key: str) -> list[str]:
+    """Names of folders or files that lie beside a JSON file, as it lists them."""
+    try:
+        if not path.is_file():  # a pipe would block for ever
+            raise FileNotFoundError("not a file")
+        with path.open("rb") as file:
+            found = json.loads(file.read(_STATE_BYTES))[key]
+        names = [n["filename"] if isinstance(n, dict) else n for n in found]
+        if not names or any(n in ("", "..") or n != Path(n).name for n in names):
+            raise ValueError(f"`{key}` names nothing, or what lies elsewhere")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BadInput(
+            f"the folder is no saved dataset ({error})",
+            where=path,
+            mend="save it again with `save_to_disk`",
+        ) from error
+    return names
 
 
 def hub(spec: CorpusSpec, report: ReadReport) -> Iterator[Raw]:

@@ -1,19 +1,22 @@
-"""Documents of one file: a whole file, paragraphs of text, JSONL and Parquet records."""
+"""Documents of one file: a whole file, paragraphs of text, JSON lines; records of Arrow batches."""
 
 from __future__ import annotations
 
 import datetime
+import gc
 import json
 import re
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from maquette.data import streams
 from maquette.data.corpus_spec import CorpusSpec, File, Raw
-from maquette.data.documents import BATCH_BYTES, BATCH_ROWS
+from maquette.data.documents import BATCH_BYTES
 from maquette.data.streams import ReadReport
 from maquette.errors import BadInput, did_you_mean
 
@@ -39,7 +42,7 @@ def json_lines(spec: CorpusSpec, file: File, report: ReadReport) -> Iterator[Raw
         if line is None:
             report.dropped[streams.TOO_LONG_RECORD] += 1
         elif line.strip():
-            record = _record(line, first, f"{file.path}:{n}", report)
+            record = _record(spec, line, first, f"{file.path}:{n}", report)
             if first and record is not None:
                 check_columns(spec, record, file.path)
             if record is not None:
@@ -47,12 +50,14 @@ def json_lines(spec: CorpusSpec, file: File, report: ReadReport) -> Iterator[Raw
                 yield from_record(spec, record, f"{file.name}:{n}", file, report)
 
 
-def _record(line: bytes, first: bool, where: str, report: ReadReport) -> Mapping[str, Any] | None:
+def _record(
+    spec: CorpusSpec, line: bytes, first: bool, where: str, report: ReadReport
+) -> Mapping[str, Any] | None:
     text = streams.decode(line, report)
     if text is None:
         return None
     try:
-        record = json.loads(text)
+        record = _parsed_large(text, spec) if len(text) > streams.CHUNK else json.loads(text)
     except (ValueError, RecursionError):
         record = None
     if isinstance(record, dict):
@@ -65,6 +70,23 @@ def _record(line: bytes, first: bool, where: str, report: ReadReport) -> Mapping
         )
     report.dropped["not a JSON object"] += 1
     return None
+
+
+def _parsed_large(text: str, spec: CorpusSpec) -> Any:
+    """Parsed JSON whose other columns are dropped before the collector of cycles sees them.
+
+    They hold no cycle, and to look for one takes most of the time of millions of small objects.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        record = json.loads(text)
+        if isinstance(record, dict):
+            record.update(dict.fromkeys(record.keys() - set(columns(spec))))
+        return record
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def check_columns(spec: CorpusSpec, names: Any, where: object) -> None:
@@ -108,41 +130,57 @@ def columns(spec: CorpusSpec) -> list[str]:
     return list(dict.fromkeys(c for c in named if c))
 
 
-def parquet(spec: CorpusSpec, file: File, report: ReadReport) -> Iterator[Raw]:
-    import pyarrow.parquet as pq
+def check_types(spec: CorpusSpec, schema: pa.Schema, where: object) -> None:
+    """Raise BadInput unless the text is text and the other named columns hold plain values.
 
-    try:
-        with pq.ParquetFile(file.path) as parquet:
-            check_columns(spec, parquet.schema_arrow.names, file.path)
-            total = sum(
-                parquet.metadata.row_group(g).total_byte_size
-                for g in range(parquet.metadata.num_row_groups)
+    Lists, views and runs let a row of a few bytes stand for any amount of text.
+    """
+    for field in schema:
+        kind = field.type
+        if field.name == spec.text_column:
+            key, fits = "text_column", is_text(kind)
+        elif field.name in columns(spec):
+            key = "domain_column" if field.name == spec.domain_column else "year_column"
+            fits = is_text(kind) or pa.types.is_primitive(kind) or pa.types.is_null(kind)
+        else:
+            continue
+        if not fits:
+            raise BadInput(
+                f"the column `{field.name}` holds {kind}",
+                where=where,
+                key=key,
+                mend="name a column of text" if key == "text_column" else "name a plain column",
             )
-            rows = max(1, parquet.metadata.num_rows)
-            size = int(np.clip(BATCH_BYTES * rows / max(1, total), 1, BATCH_ROWS))
-            n, done = 0, 0
-            for batch in parquet.iter_batches(size, columns=columns(spec)):
-                done += batch.nbytes
-                _check_expansion(spec, max(done, total), file)
-                for record in batch.to_pylist():
-                    yield from_record(spec, record, f"{file.name}:{n}", file, report)
-                    n += 1
-    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-        if isinstance(error, PermissionError):
-            raise
-        why = (str(error) or repr(error)).splitlines()[0]
-        raise BadInput(
-            f"the Parquet file is truncated or damaged ({why})",
-            where=file.path,
-            mend="copy or download the file again",
-        ) from error
 
 
-def _check_expansion(spec: CorpusSpec, n_bytes: int, file: File) -> None:
-    if n_bytes > streams.EXPANSION_FLOOR and n_bytes > spec.max_expansion * file.size:
-        raise BadInput(
-            f"expands to over {spec.max_expansion} times its {file.size} bytes",
-            where=file.path,
-            key="max_expansion",
-            mend="raise `max_expansion` in the corpus if you trust this file",
-        )
+def is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def records(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | None]:
+    """Rows as Python values, about 8 MB at a time; None for one over `MAX_RECORD_BYTES`."""
+    sizes = np.zeros(batch.num_rows, np.int64)
+    for column in batch.columns:
+        if is_text(column.type):
+            lengths = pc.fill_null(pc.binary_length(column), 0)
+            sizes += lengths.to_numpy(zero_copy_only=False)
+    too_long = sizes > streams.MAX_RECORD_BYTES
+    alone = np.flatnonzero(too_long)
+    full = np.flatnonzero(np.diff(np.cumsum(sizes) // BATCH_BYTES)) + 1
+    for start, end in pairwise(np.unique([0, *full, *alone, *(alone + 1), batch.num_rows])):
+        if too_long[start]:
+            yield None
+        else:
+            yield from batch.slice(start, end - start).to_pylist()
+
+
+def from_records(
+    spec: CorpusSpec, batch: pa.RecordBatch, ids: Iterator[str], file: File, report: ReadReport
+) -> Iterator[Raw]:
+    """The documents of a batch; records that are too long are counted and left out."""
+    for record in records(batch):
+        row_id = next(ids)
+        if record is None:
+            report.dropped[streams.TOO_LONG_RECORD] += 1
+        else:
+            yield from_record(spec, record, row_id, file, report)

@@ -1,6 +1,7 @@
 """Corpora as streams of documents: folders, text, JSONL, Parquet, datasets, installed Python.
 
-Memory is bounded by one batch (8 MB of text) plus the longest record, whatever the corpus size.
+Memory is bounded by one batch (8 MB of text) plus the longest record and, in Parquet and Arrow,
+what is decompressed at once, whatever the corpus size.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from maquette.data import datasets_reader, formats, installed, limits, streams
+from maquette.data import datasets_reader, formats, installed, limits, parquet_reader, streams
 from maquette.data.corpus_spec import CorpusSpec, File, Raw
 from maquette.data.documents import BATCH_BYTES, BATCH_ROWS, documents
 from maquette.data.streams import ReadReport
@@ -203,7 +204,7 @@ def _all(spec: CorpusSpec, files: list[File], report: ReadReport) -> Iterator[Ra
             if suffix in _RECORDS:
                 yield from formats.json_lines(spec, file, report)
             elif suffix == ".parquet":
-                yield from formats.parquet(spec, file, report)
+                yield from parquet_reader.parquet(spec, file, report)
             elif root.is_dir():
                 yield formats.whole_file(spec, file, report)
             else:

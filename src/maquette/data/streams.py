@@ -15,8 +15,12 @@ import pyarrow as pa
 from maquette.errors import BadInput
 
 CHUNK = 1 << 20
-MAX_RECORD_BYTES = 64 << 20
-"""A JSON line longer than this is dropped, so that a file without line ends stays harmless."""
+MAX_RECORD_BYTES = 16 << 20
+"""A longer record is dropped: a JSON line of small objects takes 50 times its size as objects."""
+MAX_BLOCK_BYTES = 1280 << 20
+"""Pages or a record batch may take this much memory while they are decompressed and decoded."""
+ROW_BYTES = 32
+"""A row counts as this much more than it holds, so that endless empty rows are a bomb too."""
 EXPANSION_FLOOR = 16 << 20
 """A compressed file may always expand to this many bytes, whatever its ratio."""
 REPLACED_FRACTION = 1e-3
@@ -88,14 +92,30 @@ def chunks(path: Path, max_expansion: int) -> Iterator[bytes]:
             if not chunk:
                 return
             done += len(chunk)
-            if done > EXPANSION_FLOOR and done > max_expansion * size:
-                raise BadInput(
-                    f"expands to over {max_expansion} times its {size} bytes",
-                    where=path,
-                    key="max_expansion",
-                    mend="raise `max_expansion` in the corpus if you trust this file",
-                )
+            check_expansion(done, path, size, max_expansion)
             yield chunk
+
+
+def check_expansion(n_bytes: int, path: Path, size: int, max_expansion: int) -> None:
+    """Raise BadInput if a file of `size` bytes that expands to `n_bytes` is a bomb."""
+    if n_bytes > EXPANSION_FLOOR and n_bytes > max_expansion * size:
+        raise BadInput(
+            f"expands to over {max_expansion} times its {size} bytes",
+            where=path,
+            key="max_expansion",
+            mend="raise `max_expansion` in the corpus if you trust this file",
+        )
+
+
+def check_block(n_bytes: int, path: Path) -> None:
+    """Raise BadInput if what has to be decompressed at once does not fit into memory safely."""
+    if n_bytes > MAX_BLOCK_BYTES:
+        raise BadInput(
+            f"a page or batch takes {n_bytes >> 20} MB of memory, over the "
+            f"{MAX_BLOCK_BYTES >> 20} MB that it may",
+            where=path,
+            mend="write the file again with fewer rows to a page or batch",
+        )
 
 
 def lines(path: Path, max_expansion: int) -> Iterator[bytes | None]:

@@ -59,14 +59,18 @@ def spectral(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return B.to(weight.dtype), A.to(weight.dtype)
 
 
+class ZeroProduct(ValueError):
+    """The product of two factors is zero, so there are no singular values to share out."""
+
+
 def refactor(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     """Balanced factors of the same product: B A = U S V^T, B' = U sqrt(S), A' = sqrt(S) V^T.
 
     The paper's weight refactorisation (Glentis et al., 2025, section on refactorisation). Found
     from QR of B and of A^T and an SVD of their r x r core, in O((m + n) r^2).
     B: [m, r]. A: [r, n], r <= min(m, n). Afterwards B'^T B' = A' A'^T = S.
-    Raises ValueError when the product is zero (both factors would become zero, a layer that can
-    not learn again), is not finite, or when the shapes do not fit.
+    Raises ZeroProduct when the product is zero but for rounding (both factors would become zero, a
+    layer that cannot learn again), ValueError when it is not finite or the shapes do not fit.
     """
     m, r = B.shape
     if A.shape[0] != r or r > min(m, A.shape[1]):
@@ -77,8 +81,10 @@ def refactor(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     largest = float(core.abs().max())
     if not math.isfinite(largest):
         raise ValueError("the product B A is not finite; it has no singular values to balance")
-    if largest == 0:
-        raise ValueError("the product B A is zero; balancing would zero both factors for good")
+    # Factors that cancel leave rounding errors in the core, in directions that mean nothing.
+    rounding = r * torch.finfo(core.dtype).eps * float(R_B.abs().max()) * float(R_A.abs().max())
+    if largest <= rounding:
+        raise ZeroProduct("the product B A is zero; balancing would zero both factors for good")
     U, S, Vh = torch.linalg.svd(core)
     root = S.sqrt()
     return ((Q_B @ U) * root).to(B.dtype), (root[:, None] * (Vh @ Q_A.mT)).to(A.dtype)
@@ -87,10 +93,11 @@ def refactor(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def refactor_(B: Tensor, A: Tensor) -> None:
     """`refactor` in place; factors of a zero product are kept as they are, with a warning."""
-    if not (bool(B.any()) and bool(A.any())):
+    try:
+        new_B, new_A = refactor(B, A)
+    except ZeroProduct:
         warnings.warn("a zero product B A is left as it is: it has no balance", stacklevel=2)
         return
-    new_B, new_A = refactor(B, A)
     B.copy_(new_B)
     A.copy_(new_A)
 

@@ -80,6 +80,7 @@ class Outcome:
     """A finished stage: the trained modules, what it cost, and what its record and report say.
 
     Of several ranks only the lead's is complete. refreshes: what the feed reported, by step.
+    diagnostics: what the objective reported of itself (`Objective.summary`).
     """
 
     model: PreTrainedModel
@@ -88,6 +89,7 @@ class Outcome:
     steps: int
     warnings: dict[str, str]
     refreshes: dict[str, Any] = field(default_factory=dict)
+    diagnostics: dict[str, float] = field(default_factory=dict)
 
 
 def train(
@@ -292,13 +294,16 @@ def _finish(run: LiveRun, feeder: Feeder, selections: Selections, folder: Path) 
     model, extra = run.spread.plain(run.model, run.extra)
     if mix := feeder.realised_mix():
         log.info("realised mix: %s", ", ".join(f"{k} {v:.2%}" for k, v in mix.items()))
-    warnings = {}
+    warnings: dict[str, str] = {}
+    diagnostics: dict[str, float] = {}
     if run.ctx.team.is_lead:
         logged = series(read_metrics(folder / "metrics.jsonl"))
         warnings = run.stage.optim.diagnose(run) | run.objective.diagnose(logged)
         warnings |= selections.warnings() | checkpoint.damage(folder / "state")
-    facts = selections.facts()
-    return Outcome(model.eval(), extra.eval(), run.ctx.ledger, run.step, warnings, facts)
+        said = run.objective.summary(logged)
+        diagnostics = {name: float(x) for name, x in said.items() if math.isfinite(x)}
+    facts, ledger = selections.facts(), run.ctx.ledger
+    return Outcome(model.eval(), extra.eval(), ledger, run.step, warnings, facts, diagnostics)
 
 
 def _not_a_number(logs: dict[str, float], step: int, folder: Path) -> RunFailed:
