@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -41,6 +42,43 @@ def test_two_steps_give_the_official_optimisers_weights_for_tall_and_wide(transp
     assert torch.allclose(p, turn(AFTER_1), atol=1e-6)
     descend(optimizer, p, [turn(G2)])
     assert torch.allclose(p, turn(AFTER_2), atol=1e-6)
+
+
+def numpy_fira(
+    grads: list[np.ndarray], lr: float, alpha: float, eps: float, gamma: float
+) -> np.ndarray:
+    """The spec's algorithm for tall matrices at rank 1, one projector, b = (.9, .999), in fp64."""
+    W = np.zeros_like(grads[0])
+    P = np.linalg.svd(grads[0], full_matrices=False)[2][:1].T
+    m, v, last = np.zeros((len(W), 1)), np.zeros((len(W), 1)), None
+    for t, G in enumerate(grads, 1):
+        g = G @ P
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        N = m / (np.sqrt(v) + eps)
+        phi = np.linalg.norm(N, axis=1) / (np.linalg.norm(g, axis=1) + 1e-8)
+        E = phi[:, None] * (G - alpha * g @ P.T)
+        norm = np.linalg.norm(E)
+        if last is not None and norm / (last + 1e-8) > gamma:
+            E *= gamma * (last + 1e-8) / norm
+        last = np.linalg.norm(E)
+        W = W - lr * np.sqrt(1 - 0.999**t) / (1 - 0.9**t) * (alpha * N @ P.T + E)
+    return W
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_double_precision_weights_follow_the_algorithm_to_double_precision(
+    transposed: bool,
+) -> None:
+    grads = [g.double() for g in gradients((4, 3), 6)]
+    turned = [g.mT.contiguous() if transposed else g for g in grads]
+    p = nn.Parameter(torch.zeros_like(turned[0]))
+    optimizer = FiraAdamW([p], lr=0.1, rank=1, scale=0.25, eps=1e-6)
+    descend(optimizer, p, turned)
+    expected = numpy_fira([g.numpy() for g in grads], lr=0.1, alpha=0.25, eps=1e-6, gamma=1.01)
+    found = p.detach().numpy()
+    # An fp32 norm in the limiter would leave 1e-8.
+    np.testing.assert_allclose(found.T if transposed else found, expected, rtol=1e-12, atol=1e-13)
+    assert optimizer.state[p]["residual_norm"].dtype == torch.float64
 
 
 def test_the_released_residual_makes_the_first_step_as_large_as_the_rate() -> None:

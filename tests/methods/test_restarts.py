@@ -125,6 +125,29 @@ def test_a_zero_product_is_refused_and_a_layer_keeps_its_factors() -> None:
     assert torch.equal(layer.A, torch.ones(2, 3))
 
 
+def test_factors_whose_product_alone_is_zero_are_kept_with_a_warning() -> None:
+    B = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    A = torch.tensor([[0.0, 0.0, 0.0], [1.0, 2.0, 3.0]])
+    with pytest.raises(ValueError, match="product B A is zero"):
+        refactor(B, A)
+    layer = LowRankLinear(B.clone(), A.clone(), None, alpha=2)
+    with pytest.warns(UserWarning, match="zero product"):
+        layer.restart(torch.Generator())
+    assert torch.equal(layer.B, B) and torch.equal(layer.A, A)
+
+
+def test_a_product_that_cancels_up_to_rounding_is_zero_and_a_tiny_factor_is_not() -> None:
+    rng = torch.Generator().manual_seed(9)
+    Q, _ = torch.linalg.qr(torch.randn(4, 4, generator=rng))
+    B, A = torch.randn(6, 2, generator=rng) @ Q[:2], Q.mT[:, 2:] @ torch.randn(2, 7, generator=rng)
+    assert B.any() and A.any() and (B @ A).any()
+    with pytest.raises(ValueError, match="product B A is zero"):
+        refactor(B, A)
+    B, A = factors()
+    tiny, balanced = refactor(1e-12 * B, A)
+    assert torch.allclose(tiny @ balanced * 1e12, B @ A, atol=1e-4)
+
+
 @pytest.mark.parametrize(("a", "kappa"), [(0.0, 17.0), (0.5, 8.0), (0.75, 10.0)])
 def test_conditioning_matches_a_numerical_hessian(a: float, kappa: float) -> None:
     s = torch.tensor([4.0, 1.0], dtype=torch.float64)
@@ -208,6 +231,31 @@ def test_refactorisation_alone_still_drops_the_moments_of_the_factors() -> None:
     assert isinstance(layer, LowRankLinear) and isinstance(dense, nn.Linear)
     assert not optimizer.state[layer.A]["exp_avg_sq"].any()
     assert optimizer.state[dense.weight]["exp_avg_sq"].any()
+
+
+@pytest.mark.parametrize("reset_moments", [False, True])
+def test_factors_are_fresh_after_a_restart_even_where_second_moments_are_kept(
+    reset_moments: bool,
+) -> None:
+    net = low_rank_net()
+    optimizer = trained(list(net.parameters()))
+    layer, dense = net[1], net[0]
+    assert isinstance(layer, LowRankLinear) and isinstance(dense, nn.Linear)
+    before = optimizer.state[dense.weight]["exp_avg_sq"].clone()
+    restart(
+        [net],
+        optimizer,
+        torch.Generator(),
+        reset_moments=reset_moments,
+        reset_v=False,
+        reset_step=False,
+    )
+    for factor in (layer.B, layer.A):
+        assert not optimizer.state[factor]["exp_avg"].any()
+        assert not optimizer.state[factor]["exp_avg_sq"].any()
+        assert int(optimizer.state[factor]["step"]) == 0
+    assert torch.equal(optimizer.state[dense.weight]["exp_avg_sq"], before)
+    assert optimizer.state[dense.weight]["exp_avg"].any() != reset_moments
 
 
 def test_the_step_restarts_exactly_when_due() -> None:

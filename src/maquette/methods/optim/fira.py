@@ -5,8 +5,9 @@ residual is scaled, row by row or column by column, as Adam scaled the projected
 norm may grow by at most a percent per step.
 
 Differs from the official code: decay is taken off before the step, as in AdamW; the limiter's
-norm is kept in fp32 and restored bit for bit; `residual="orthogonal"` offers the residual of the
-paper's text, where the released code subtracts only the share `scale` of the projection.
+norm is kept in fp32 (fp64 for fp64 weights) and restored bit for bit; `residual="orthogonal"`
+offers the residual of the paper's text, where the released code subtracts only the share `scale`
+of the projection.
 """
 
 from __future__ import annotations
@@ -41,12 +42,14 @@ def scaled_residual(G: Tensor, g: Tensor, N: Tensor, P: Tensor, share: float) ->
 
 
 def limit_growth_(E: Tensor, last: Tensor | None, gamma: float) -> Tensor:
-    """Rescale E in place so that ||E|| <= gamma * (last + 1e-8); returns its norm, fp32 scalar.
+    """Rescale E in place so that ||E|| <= gamma * (last + 1e-8); returns its norm, a scalar.
+
+    The norm is fp32, or fp64 if E is.
 
     last: the norm this returned for the step before; None on the first step, which is not limited.
     gamma: largest growth per step, above 1; the paper uses 1.01.
     """
-    norm = torch.linalg.vector_norm(E, dtype=torch.float32)
+    norm = torch.linalg.vector_norm(E, dtype=torch.promote_types(E.dtype, torch.float32))
     if last is None:
         return norm
     # Stays on the device: reading the norm here would stall a GPU once per matrix.
@@ -129,8 +132,8 @@ class Fira(SubspaceOptim):
         arxiv="2410.01623",
         idea="GaLore throws away the gradient outside its subspace. Fira keeps it without "
         "keeping moments for it: it borrows the step size that Adam found inside the subspace.",
-        claim="At equal steps, with both learning rates tuned, Fira is no worse than full-rank "
-        "AdamW, with GaLore's memory.",
+        claim="At equal steps, with the rates written in the study, Fira is no worse than "
+        "full-rank AdamW, with GaLore's memory.",
         paper_figures=(
             "C4 perplexity of LLaMA 1B: Fira 15.10, GaLore 15.57, low-rank with restarts 15.01 "
             "(Glentis et al., 2025)",
@@ -139,8 +142,10 @@ class Fira(SubspaceOptim):
         "gamma 1.01, no decay.",
         cost="GaLore's, plus two passes over each matrix per step and one full-size temporary at "
         "a time.",
-        when="When AdamW's state does not fit and GaLore falls short. Tune the embeddings' rate "
-        "by itself.",
+        when="When AdamW's state does not fit and GaLore falls short. Tune the embeddings' rate by "
+        "itself. The study is untuned; `--set workload.dev_fraction=0.05 --set 'tune={trials: 9, "
+        "over: {optim.learning_rate: 2, optim.embedding_rate: 2}}'` first searches both rates of "
+        "every arm.",
         clashes=("low-rank, sltrain and relora leave no dense matrix to project",),
         differs=(
             "Decay before the step, as in AdamW; the official code takes it off afterwards.",

@@ -108,16 +108,18 @@ def restart(
     """One restart in plain PyTorch: layers first, then the optimiser; returns layers restarted.
 
     rng: what a layer draws new factors from (ReLoRA). scope: whose moments `reset_moments`
-    empties; those of a restarted layer's factors always are.
+    empties, as far as `reset_v` and `reset_step` say. A restarted layer's factors always begin
+    with fresh state: both moments belong to coordinates that are gone.
     """
     layers = [s for m in modules for s in m.modules() if isinstance(s, Factorised)]
+    factors = [p for layer in layers for p in layer.factors()]
     if refactor_layers:
         for layer in layers:
             layer.restart(rng)
-    everything = reset_moments and scope == "all"
-    if everything or refactor_layers or reset_moments:
-        factors = None if everything else [p for layer in layers for p in layer.factors()]
-        reset_state(optimizer, factors, reset_v=reset_v, reset_step=reset_step)
+        reset_state(optimizer, factors)
+    if reset_moments:
+        chosen = None if scope == "all" else factors
+        reset_state(optimizer, chosen, reset_v=reset_v, reset_step=reset_step)
     return len(layers) if refactor_layers else 0
 
 
@@ -136,9 +138,9 @@ class Restarts(Optim):
     scope: Scope = "all"
     """Whose moments a reset empties: all weights', as in the official code, or the factors'."""
     reset_v: bool = True
-    """Also empty the second moment; the official code does."""
+    """Also empty the second moment; the official code does. Of restarted factors it always is."""
     reset_step: bool = True
-    """Also begin the bias correction anew; the official code does."""
+    """Also begin the bias correction anew; the official code does. As `reset_v` for factors."""
     recovery: int = Field(10, ge=1)
     """Steps in which the rate climbs back after a restart; the paper uses 10."""
     recovery_floor: float = Field(0.001, ge=0, le=1)
@@ -172,7 +174,7 @@ class Restarts(Optim):
             "Balancing by two thin QRs, O((m + n) r^2); the official code takes a full SVD.",
             "The official code restarts SLTrain layers only; here every factorised layer.",
             "No recovery at step 0, where the schedule's warm-up already begins near zero.",
-            "Moments of restarted factors are emptied even when `reset_every` is off.",
+            "Moments of restarted factors are emptied whatever `reset_every` and `reset_v` say.",
         ),
         example="""
 import torch
