@@ -37,6 +37,32 @@ def test_private_members_are_left_out_on_request() -> None:
         DereferenceMonitor(ANALYSER, members="none")
 
 
+@pytest.mark.parametrize(
+    "gap", [b" ", b"\t", b"  ", b"\n", b"\n    ", b"\r\n ", b"\\\n  ", b" \\\r\n\\\n", b" \x0c"]
+)
+def test_white_space_behind_the_dot_keeps_the_constraint(gap: bytes) -> None:
+    monitor = DereferenceMonitor(ANALYSER, members="public")
+    assert monitor.allowed(b"foo." + gap) == {b"abc", b"ab"}
+    assert monitor.allowed(b"foo." + gap + b"ab") == {b"c", b""}
+    assert monitor.allowed(b"foo." + gap + b"ab ") is None
+    assert monitor.allowed(b"bar." + gap) is None and monitor.allowed(b"foo" + gap) is None
+
+
+def test_one_question_serves_all_tokens_of_an_identifier() -> None:
+    asked = []
+
+    class Asked:
+        def complete(self, text: str, path: str | None = None) -> frozenset[str]:
+            asked.append(text)
+            return frozenset({"abc"})
+
+    monitor = DereferenceMonitor(Asked())
+    for text in (b"foo.", b"foo. ", b"foo.a", b"foo.ab"):
+        assert monitor.constraints(text)
+    assert not monitor.fits(b"foo", b".zz") and monitor.fits(b"foo", b".abc(")
+    assert asked == ["foo."]
+
+
 def test_started_identifiers_can_be_left_free() -> None:
     monitor = DereferenceMonitor(ANALYSER, finish_typed=False)
     assert monitor.allowed(b"foo.a") is None and monitor.allowed(b"foo.") is not None
@@ -61,6 +87,14 @@ def test_text_that_ends_within_a_character_keeps_its_constraint() -> None:
         (b"x = foo", b".ab.z", False),
         (b"foo.", b"zz", True),  # the dot stands before the piece: the constraint's business
         (b"foo", b".", True),
+        (b"foo", b". ", True),  # what follows is the constraint's business
+        (b"foo", b".\n  ", True),
+        (b"foo", b". zz", False),
+        (b"foo", b".\n zz", False),
+        (b"foo", b". ab", True),
+        (b"foo", b". #", False),  # a member could follow behind the comment
+        (b"foo", b".\\", False),
+        (b"bar", b". zz", True),
     ],
 )
 def test_dereferences_within_a_piece_are_judged_byte_by_byte(

@@ -152,11 +152,59 @@ def test_without_strict_a_token_that_holds_the_dot_slips_through() -> None:
     scores[0, token] = 5.0
     ids = torch.tensor([ids_of("queue")])
     monitor = DereferenceMonitor(Everywhere(["pop"]))
-    assert MonitorLogitsProcessor(INDEX, monitor)(ids, scores).argmax() == token
-    strict = MonitorLogitsProcessor(INDEX, monitor, strict=True)(ids, scores)
-    assert strict[0, token] == float("-inf")
+    paper = MonitorLogitsProcessor(INDEX, monitor, strict=False)
+    assert paper(ids, scores).argmax() == token
+    assert MonitorLogitsProcessor(INDEX, monitor)(ids, scores)[0, token] == float("-inf")
     allowed = DereferenceMonitor(Everywhere(["clear"]))
-    assert MonitorLogitsProcessor(INDEX, allowed, strict=True)(ids, scores).argmax() == token
+    assert MonitorLogitsProcessor(INDEX, allowed)(ids, scores).argmax() == token
+
+
+# Tokens that hold a dot and what follows, as vocabularies trained on prose or code have them.
+GAPS = [b".", b". ", b".\n", b".\n    ", b". #", b".\\\n", b".bogus", b". bogus", b"pop.bogus"]
+GAP_INDEX = VocabIndex([b"", *GAPS, b" ", b"\n", b"#", b"(", b"pop", b"bogus", b"q"], eos_ids=[0])
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000), prompt=st.sampled_from(["q", "(q", "f(q)", "q.", "q. "]))
+def test_no_token_leads_past_the_members_by_a_gap_behind_the_dot(seed: int, prompt: str) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    monitor = DereferenceMonitor(Everywhere(["pop"]))
+    processor = MonitorLogitsProcessor(GAP_INDEX, monitor, prefixes=[prompt], start=0)
+    ids = torch.zeros((1, 0), dtype=torch.long)
+    for _ in range(12):
+        scores = 3 * torch.randn((1, len(GAP_INDEX)), generator=rng)
+        scores[0, 0] = float("-inf")
+        chosen = processor(ids, scores).softmax(-1).multinomial(1, generator=rng)
+        ids = torch.cat([ids, chosen], 1)
+        text = prompt.encode() + GAP_INDEX.join(ids[0].tolist())
+        for name in re.findall(rb"\.(?:\s|\\\n|#[^\n]*\n)*(\w+)", text):
+            assert b"pop".startswith(name), text
+    assert processor.report().dropped == 0
+
+
+class Counted(Everywhere):
+    asked = 0
+
+    def complete(self, text: str, path: str | None = None) -> frozenset[str]:
+        self.asked += 1
+        return super().complete(text, path)
+
+
+def test_strict_decoding_asks_once_a_step_and_makes_no_masks_of_its_own() -> None:
+    def run(strict: bool) -> tuple[int, int]:
+        index = VocabIndex.from_tokenizer(TOKENIZER)
+        analyser = Counted(["pop"])
+        processor = MonitorLogitsProcessor(
+            index, DereferenceMonitor(analyser), prefixes=["x = "], start=0, strict=strict
+        )
+        ids = torch.tensor([ids_of("queue")])
+        for _ in range(10):  # every compound token is likely: all scores are equal
+            processor(ids, torch.zeros((1, len(index))))
+            ids = torch.cat([ids, torch.tensor([ids_of("e")])], 1)
+        return analyser.asked, len(index._masks)
+
+    assert run(False) == (0, 0)
+    assert run(True) == (10, 0)
 
 
 def test_mask_comes_before_top_k() -> None:
@@ -214,7 +262,8 @@ def test_constraint_follows_from_the_ids_when_beams_change_places() -> None:
 
 
 def test_unconstrained_rows_keep_their_scores_and_allowed_tokens_theirs() -> None:
-    processor = MonitorLogitsProcessor(INDEX, DereferenceMonitor(Everywhere(["pop"])))
+    monitor = DereferenceMonitor(Everywhere(["pop"]))
+    processor = MonitorLogitsProcessor(INDEX, monitor, strict=False)
     ids = left_padded([ids_of("queue."), ids_of("queue")], 0, torch.device("cpu"))[0]
     scores = torch.randn((2, len(INDEX)), generator=torch.Generator().manual_seed(0))
     kept = scores.clone()

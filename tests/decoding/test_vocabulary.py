@@ -146,3 +146,16 @@ def test_a_tokenizer_that_joins_with_spaces_is_refused() -> None:
     words = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     with pytest.raises(ValueError, match="pieces as bytes"):
         token_bytes(PreTrainedTokenizerFast(tokenizer_object=words))
+
+
+def test_compounds_are_the_tokens_that_go_on_behind_a_trigger() -> None:
+    texts = [".", ".x", ". ", ".\n x", ".(", ".#", ".\\", "a.b", "->x", ">x", "-", "> x", "x>y", ""]
+    index = VocabIndex([t.encode() for t in texts])
+
+    def compounds(*triggers: bytes) -> set[str]:
+        return {texts[i] for i in index.compounds(triggers, len(texts), CPU).tolist()}
+
+    assert compounds(b".") == {".x", ".\n x", ".#", ".\\", "a.b"}
+    assert compounds(b"->") == {"->x", ">x", "> x"}  # the sign before may end the text so far
+    assert compounds(b".", b"->") == compounds(b".") | compounds(b"->")
+    assert index.compounds((b".",), 2, CPU).tolist() == [1]

@@ -95,14 +95,14 @@ def generate(
     index: VocabIndex,
     monitors: Sequence[Monitor] | None = None,
     context: int | None = None,
-    strict: bool = False,
+    strict: bool = True,
     generator: torch.Generator | None = None,
 ) -> tuple[list[list[str]], MaskReport | None]:
     """Continuations of each prompt, and what the monitors did.
 
     prompts: whole texts; the model reads the last `context` tokens (as many as it can take if
     None), the monitors everything. monitors: one per prompt, or None for plain decoding.
-    generator: source of randomness if sampling.
+    strict: see `MonitorLogitsProcessor`. generator: source of randomness if sampling.
     """
     window = window_of(model, sampling.new_tokens, context)
     rows = [tokenizer(p, add_special_tokens=False)["input_ids"][-window:] for p in prompts]

@@ -39,6 +39,18 @@ class Monitor(Protocol):
         ...
 
 
+def without_gap(text: bytes) -> bytes:
+    """`text` without the white space and continued lines at its end.
+
+    Python lets them stand between a dot and its member (`q. x`; over lines in brackets or after a
+    backslash). A comment may stand there too, which only a parser would find.
+    """
+    head = text.rstrip()
+    while head.endswith(b"\\") and text[len(head) : len(head) + 1] in (b"\n", b"\r"):
+        head = head[:-1].rstrip()
+    return head
+
+
 def remaining(members: frozenset[bytes], typed: bytes) -> Constraint:
     """Suffixes of the members that start with `typed`: the paper's update of its state."""
     return frozenset(m[len(typed) :] for m in members if m.startswith(typed))
@@ -74,7 +86,9 @@ class DereferenceMonitor:
     finish_typed: also when the text ends within an identifier (`self.get`): what follows must
     complete a member. The paper leaves such an identifier free where the prompt holds its start.
 
-    A typed start that no member has leaves the monitor idle, as does an empty answer.
+    A typed start that no member has leaves the monitor idle, as does an empty answer. White space
+    after the dot keeps the constraint, also where Python would end the statement at it: such code
+    is broken, and nothing is lost by holding it to the members.
     """
 
     analyser: Analyser
@@ -92,20 +106,26 @@ class DereferenceMonitor:
             raise ValueError(f"a trigger must end in a break byte, got {self.trigger!r}")
         self.triggers = (self.trigger,)
         self._identifier = identifier_bytes(self.breaks)
+        self._last: tuple[bytes, frozenset[bytes]] | None = None
 
     def legal(self, head: bytes) -> frozenset[bytes]:
         """Legal identifiers at the end of `head`, as UTF-8."""
-        found = self.analyser.complete(head.decode("utf-8", errors="replace"), self.path)
-        return frozenset(m.encode() for m in found if self._shown(m))
+        # All tokens of an identifier, and all candidates of a step, put one question.
+        if self._last is None or self._last[0] != head:
+            found = self.analyser.complete(head.decode("utf-8", errors="replace"), self.path)
+            self._last = head, frozenset(m.encode() for m in found if self._shown(m))
+        return self._last[1]
 
     def _shown(self, member: str) -> bool:
         return bool(member) and is_shown(member, self.members)
 
     def constraints(self, text: bytes) -> tuple[Constraint, ...]:
-        head = text.rstrip(self._identifier)
-        if not head.endswith(self.trigger) or (len(head) < len(text) and not self.finish_typed):
+        before = text.rstrip(self._identifier)
+        typed = text[len(before) :]
+        head = before if before.endswith(self.trigger) else without_gap(before)
+        if not head.endswith(self.trigger) or (typed and not self.finish_typed):
             return ()
-        left = remaining(self.legal(head), text[len(head) :])
+        left = remaining(self.legal(head), typed)
         return (left,) if left else ()
 
     def allowed(self, text: bytes) -> Constraint | None:
@@ -117,22 +137,14 @@ class DereferenceMonitor:
         end, whole = len(text), text + piece
         while (dot := whole.find(self.trigger, max(0, end - len(self.trigger) + 1))) >= 0:
             end = dot + len(self.trigger)
-            typed = self._identifier_at(whole, end)
-            if not typed:
+            rest = whole[end:].lstrip()
+            typed = rest[: len(rest) - len(rest.lstrip(self._identifier))]
+            if not rest or not (members := self.legal(whole[:end])):
                 continue
-            members = self.legal(whole[:end])
-            if not members:
-                continue
-            closed = end + len(typed) < len(whole)
-            if closed and typed not in members:
-                return False
-            if not closed and not remaining(members, typed):
+            finished = len(typed) < len(rest)
+            if typed not in members if finished else not remaining(members, typed):
                 return False
         return True
-
-    def _identifier_at(self, whole: bytes, start: int) -> bytes:
-        rest = whole[start:]
-        return rest[: len(rest) - len(rest.lstrip(self._identifier))]
 
 
 @dataclass

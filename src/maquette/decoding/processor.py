@@ -7,6 +7,7 @@ allowed tokens. A truncation that is passed by hand must stand behind this one i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,8 +26,8 @@ class MaskReport:
 
     steps: tokens chosen, over all rows. constrained: those under a constraint.
     dropped: constraints that no token could satisfy, and that were lifted for one token.
-    removed_mass: mean probability that the model had put on forbidden tokens, over the steps at
-    which any was and that were not dropped; how wrong the model was.
+    removed_mass: mean probability that the model had put on forbidden tokens, over the steps under
+    a constraint that were not dropped; how wrong the model was.
     """
 
     steps: int
@@ -42,9 +43,11 @@ class MonitorLogitsProcessor(LogitsProcessor):
     prefixes: text that stands before each sequence and is not in its ids (the part of a file
     that the model's window does not hold). start: ids before this position are not read, because
     `prefixes` already holds their text; None reads all ids.
-    strict: also judge dereferences that lie within a token (`.append(`). Of these, tokens with a
-    probability below `strict_floor` are forbidden unseen (the same text stays within reach by
-    smaller tokens), so that the analyser is asked at most 1 / strict_floor times per token.
+    strict: also judge dereferences that lie within a token (`.append(`); False is the paper's
+    rule, under which they escape the monitor. Of these, tokens with a probability below
+    `strict_floor` are forbidden unseen (the same text stays within reach by smaller tokens). Those
+    above it that begin with the dot share one question to the analyser; a vocabulary that keeps
+    signs apart from letters (GPT-2's) holds no such token and costs nothing.
 
     Rows beyond the number of prompts (beams, several samples) belong to prompts in equal runs, as
     `generate` expands them. Beam sampling (`num_beams` with `do_sample`) draws without
@@ -58,7 +61,7 @@ class MonitorLogitsProcessor(LogitsProcessor):
         *,
         prefixes: Sequence[bytes | str] | None = None,
         start: int | None = None,
-        strict: bool = False,
+        strict: bool = True,
         strict_floor: float = 1e-3,
     ) -> None:
         self.index = index
@@ -81,20 +84,26 @@ class MonitorLogitsProcessor(LogitsProcessor):
         """input_ids: (B, T) ids so far. scores: (B, V). Returns (B, V), a copy if anything is
         forbidden."""
         rows, masks = [], []
+        size, device = scores.shape[-1], scores.device
         texts = self._rows(input_ids)
+        free: list[tuple[int, Monitor, bytes]] = []
         for row, text in enumerate(texts):
             if text is None:
                 continue
             self._steps += 1
             monitor = self.monitors[self._owner(row, len(texts), len(self.monitors))]
-            mask, constrained = self._mask(monitor, text, scores[row])
-            self._constrained += constrained
+            constraints = monitor.constraints(text)
+            self._constrained += bool(constraints)
+            mask = self._joint(constraints, size, device)
+            if constraints and mask is None:
+                self._stuck += 1
+                continue
             if mask is not None:
                 rows.append(row)
                 masks.append(mask)
-        if not rows:
-            return scores
-        return self._apply(scores, rows, torch.stack(masks))
+            free.append((row, monitor, text))
+        out = self._apply(scores, rows, torch.stack(masks)) if rows else scores
+        return self._without_compounds(out, free) if self.strict else out
 
     def _rows(self, input_ids: Tensor) -> list[bytes | None]:
         """Text of each row; None for a row that has ended."""
@@ -135,18 +144,6 @@ class MonitorLogitsProcessor(LogitsProcessor):
             raise ValueError(f"{rows} rows cannot be shared by {prompts} monitors or prefixes")
         return row // (rows // prompts)
 
-    def _mask(self, monitor: Monitor, text: bytes, scores_V: Tensor) -> tuple[Tensor | None, bool]:
-        """(allowed tokens or None for all, whether a constraint was in force)."""
-        size, device = scores_V.shape[-1], scores_V.device
-        constraints = monitor.constraints(text)
-        mask = self._joint(constraints, size, device)
-        if constraints and mask is None:
-            self._stuck += 1
-            return None, True
-        if self.strict:
-            mask = self._judge_compounds(monitor, text, scores_V, mask)
-        return mask, bool(constraints)
-
     def _joint(
         self, constraints: tuple[Constraint, ...], size: int, device: torch.device
     ) -> Tensor | None:
@@ -158,21 +155,36 @@ class MonitorLogitsProcessor(LogitsProcessor):
             joint = mask if joint is None else joint & mask
         return joint
 
-    def _judge_compounds(
-        self, monitor: Monitor, text: bytes, scores_V: Tensor, mask_V: Tensor | None
-    ) -> Tensor | None:
-        size, device = scores_V.shape[-1], scores_V.device
-        found = [self.index.compound_mask(t, size, device) for t in monitor.triggers]
-        compounds = [c for c in found if c is not None]
-        if not compounds:
-            return mask_V
-        compound = torch.stack(compounds).any(0)
-        base = torch.ones_like(compound) if mask_V is None else mask_V
-        likely = base & compound & (scores_V.float().softmax(-1) >= self.strict_floor)
-        judged = base & ~compound
-        for token in likely.nonzero().flatten().tolist():
-            judged[token] = monitor.fits(text, self.index.pieces[token])
-        return judged
+    def _without_compounds(
+        self, scores: Tensor, rows: Sequence[tuple[int, Monitor, bytes]]
+    ) -> Tensor:
+        """Forbids tokens whose own dereferences their row's monitor does not allow.
+
+        rows: (place in the batch, monitor, text so far).
+        """
+        if not rows:
+            return scores
+        triggers = tuple(dict.fromkeys(t for _, monitor, _ in rows for t in monitor.triggers))
+        ids_N = self.index.compounds(triggers, scores.shape[-1], scores.device)
+        if not len(ids_N):
+            return scores
+        at = torch.tensor([row for row, _, _ in rows], device=scores.device)
+        before = scores[at]
+        given_RN = before[:, ids_N]
+        log_p_RN = given_RN.float() - before.float().logsumexp(-1, keepdim=True)
+        fits_RN = log_p_RN >= math.log(self.strict_floor)
+        places, columns = fits_RN.nonzero(as_tuple=True)
+        verdicts = [
+            rows[place][1].fits(rows[place][2], self.index.pieces[token])
+            for place, token in zip(places.tolist(), ids_N[columns].tolist(), strict=True)
+        ]
+        fits_RN[places, columns] = torch.tensor(verdicts, dtype=torch.bool, device=scores.device)
+        after = before.index_copy(1, ids_N, given_RN.masked_fill(~fits_RN, float("-inf")))
+        alive = (after > float("-inf")).any(-1)
+        self._dropped.append((~alive).sum())
+        out = scores.clone()
+        out[at] = torch.where(alive[:, None], after, before)
+        return out
 
     def _apply(self, scores: Tensor, rows: list[int], allowed: Tensor) -> Tensor:
         """Masks the rows; a row that would be left with nothing is not masked. No device sync."""

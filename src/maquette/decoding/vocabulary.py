@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 Constraint = frozenset[bytes]
 """What may still follow: the remaining suffixes of legal identifiers; b"" is a finished one."""
 
+_OPENS_GAP = b"\\#/"
+"""Signs that continue a line or open a comment: a member may follow behind either."""
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _MASKS_KEPT = 512
 
@@ -88,6 +90,7 @@ class VocabIndex:
             self._spans[piece] = (first, position + 1)
         self._runs = _runs(breaks)
         self._masks: OrderedDict[Any, Tensor | None] = OrderedDict()
+        self._compounds: dict[Any, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.pieces)
@@ -185,14 +188,23 @@ class VocabIndex:
             self._masks.popitem(last=False)
         return made
 
-    def compound_mask(self, trigger: bytes, size: int, device: torch.device) -> Tensor | None:
-        """Tokens in which an identifier byte follows `trigger`: dereferences within a token."""
-        key = (trigger, size, device)
-        if key not in self._masks:
-            after = re.compile(re.escape(trigger) + b"[^" + _class(self.breaks) + b"]")
+    def compounds(self, triggers: tuple[bytes, ...], size: int, device: torch.device) -> Tensor:
+        """Ids below `size`, int64 (N,), of tokens that hold a dereference or its beginning.
+
+        An identifier byte follows a trigger (or the end of one, at the token's start), at once or
+        after white space; or a sign does that opens a gap the monitor cannot see over.
+        """
+        key = (triggers, size, device)
+        if key not in self._compounds:
+            import torch
+
+            signs = _class(self.breaks - frozenset(_OPENS_GAP))
+            ends = [re.escape(t) for t in triggers]
+            ends += [rb"\A" + re.escape(t[n:]) for t in triggers for n in range(1, len(t))]
+            after = re.compile(b"(?:" + b"|".join(ends) + rb")\s*[^" + signs + b"]")
             ids = [i for i, p in enumerate(self.pieces[:size]) if after.search(p)]
-            self._masks[key] = self._as_mask(np.array(ids, np.int64), size, device)
-        return self._masks[key]
+            self._compounds[key] = torch.tensor(ids, dtype=torch.long, device=device)
+        return self._compounds[key]
 
     def _as_mask(self, ids: np.ndarray, size: int, device: torch.device) -> Tensor | None:
         import torch

@@ -12,7 +12,9 @@ Differences from the official code, each for a reason:
 - end of sequence is allowed after a finished identifier, where the official code never allows it;
 - monitors keep no state, so that beams may be re-ordered;
 - a constraint no token can satisfy is lifted and counted instead of leaving only -inf;
-- `strict` also judges dereferences inside one token (`.append(`), which otherwise slip through.
+- `strict`, the default, also judges dereferences inside one token (`.append(`), which slip through
+  the official monitor;
+- white space after the dot keeps the constraint, where the official trigger is the dot alone.
 """
 
 from __future__ import annotations
@@ -58,8 +60,9 @@ class MonitorGuidedDecoding(Decoder):
     """Seconds per question; a late answer is no constraint."""
     members: Literal["all", "no-dunder", "public"] = "all"
     """Which members count: all (the paper), none of `__add__`'s kind, or no `_x` either."""
-    strict: bool = False
-    """Also judge dereferences inside one token; False is the paper's rule."""
+    strict: bool = True
+    """Also judge dereferences inside one token (`.append`); False is the paper's rule, under which
+    such tokens escape the monitor."""
     finish_typed: bool = True
     """Hold an identifier that the prompt breaks off (`self.get`) to the members too; False is the
     paper's rule."""
@@ -94,7 +97,8 @@ class MonitorGuidedDecoding(Decoder):
             "text-davinci-003 without a monitor: 51.7 and 80.8",
         ),
         defaults_from="The official code: 512 new tokens, all members, a trigger on the dot alone.",
-        cost="The analyser's seconds, once per distinct text up to a dot (cause `scorer`); the "
+        cost="The analyser's seconds, once per distinct text up to a dot (cause `scorer`), also "
+        "where a token that begins with a dot is likely and another one is taken; the "
         "masks cost microseconds per token (`benchmarks/monitor_overhead.py`).",
         when="When generated code calls into types the model has not seen and an analyser knows "
         "them. With Python expect holes: an analyser that misses the true member forbids it.",
@@ -108,6 +112,9 @@ class MonitorGuidedDecoding(Decoder):
             "End of sequence is allowed after a finished identifier.",
             "No state between tokens, so that beams may be re-ordered.",
             "A constraint that no token satisfies is lifted and counted.",
+            "Dereferences inside one token (`.append`) are judged too; the official monitor wakes "
+            "only when the text ends in a dot.",
+            "White space after the dot keeps the constraint; the official one is asleep then.",
             "Python, by jedi, besides language servers; its answers are not sound.",
         ),
         example="""
@@ -120,7 +127,7 @@ from maquette.decoding.vocabulary import VocabIndex
 pieces = [b"", *(bytes([b]) for b in range(128))]   # id 0 ends a sequence, id b + 1 is byte b
 index = VocabIndex(pieces, eos_ids=[0])             # or VocabIndex.from_tokenizer(tokenizer)
 analyser = TableAnalyser({"queue.": frozenset({"append", "appendleft"})})
-processor = MonitorLogitsProcessor(index, DereferenceMonitor(analyser))
+processor = MonitorLogitsProcessor(index, DereferenceMonitor(analyser))   # strict by default
 model = LlamaForCausalLM(LlamaConfig(vocab_size=129, hidden_size=16, intermediate_size=32,
                                      num_hidden_layers=1, num_attention_heads=2, eos_token_id=0))
 ids = torch.tensor([[b + 1 for b in b"queue."]])
