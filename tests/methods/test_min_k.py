@@ -11,7 +11,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from maquette.data.tokenizers import TokenizerSpec, train
 from maquette.evaluation.membership import TokenLogprobs, as_labels, evaluate
-from maquette.evaluation.membership_texts import apart, distinct, window_of
+from maquette.evaluation.membership_texts import (
+    apart,
+    distinct,
+    shared_elsewhere,
+    window_of,
+)
 from maquette.methods.audit.min_k import (
     MinK,
     as_table,
@@ -253,3 +258,64 @@ def test_members_and_non_members_come_from_the_two_parts_of_the_corpus(tokenizer
     assert set(again.item) == set(table.item)
     assert set(table.metric) == set(audit.metric_directions())
     assert "blind" in str(MinK(blind=True).metric_directions())
+
+
+def test_members_that_share_words_with_another_training_text_are_dropped_like_the_others() -> None:
+    words = [" ".join(f"w{i}x{j}" for j in range(20)) for i in range(5)]
+    licence = " ".join(f"licence{j}" for j in range(13))
+    texts = [words[0], f"{words[1]} {licence}", f"{licence} {words[2]}", words[3]]
+    ids = ["a", "b", "c", "d"]
+    items = [("a", words[0]), ("b", texts[1]), ("x", f"{words[4]} {licence}"), ("y", words[4])]
+    assert shared_elsewhere(items, ids, texts, 13).tolist() == [False, True, True, False]
+    # A window finds itself in its own document, and only another document counts.
+    assert not shared_elsewhere(items, ids[:2], texts[:2], 13)[:2].any()
+    assert not shared_elsewhere(items, [], [], 13).any()
+
+
+def test_the_audit_drops_common_text_from_both_groups_alike(tokenizer, tmp_path) -> None:
+    from maquette.data.corpus import prepare
+    from maquette.parts import Subject
+
+    rng = np.random.default_rng(1)
+    names = np.array([f"word{i}" for i in range(5000)])
+    licence = " ".join(f"licence{i}" for i in range(14))
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i in range(60):
+        own = " ".join(rng.choice(names, 60))
+        (folder / f"{i}.txt").write_text(f"{licence} {own}" if i % 2 else own)
+    corpus = prepare(
+        str(folder), TokenizerSpec(type="bytes"), cache=tmp_path / "cache", held_out_fraction=0.4
+    )
+    audit = MinK(texts=60, length=200, ngram=13)
+    mine, others, _ = audit._texts(
+        Subject(llama(corpus.tokenizer), corpus.tokenizer).tokenizer, corpus
+    )
+    assert mine and others
+    assert not any("licence1" in text for _, text in mine + others)
+
+
+def test_the_tokenizer_can_be_learnt_on_a_part_that_neither_group_comes_from(tmp_path) -> None:
+    from maquette.data.corpus import prepare
+    from maquette.errors import BadInput
+
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    rng = np.random.default_rng(2)
+    letters = np.array(list("abcdefgh"))
+    for i in range(80):
+        text = " ".join("".join(rng.choice(letters, 6)) for _ in range(60))
+        (folder / f"{i}.txt").write_text(text)
+
+    def made(kind: str, dev: float):
+        spec = TokenizerSpec(type=kind, vocabulary=300)
+        return prepare(
+            str(folder), spec, cache=tmp_path / "cache", held_out_fraction=0.3, dev_fraction=dev
+        )
+
+    apart_, usual = made("bpe:dev", 0.3), made("bpe", 0.3)
+    texts = [t for b in apart_.documents("dev") for t in b["text"].to_pylist()]
+    alone = train(TokenizerSpec(vocabulary=300), texts)
+    assert apart_.tokenizer.get_vocab() == alone.get_vocab() != usual.tokenizer.get_vocab()
+    with pytest.raises(BadInput, match="a part that is empty"):
+        made("bpe:dev", 0.0)

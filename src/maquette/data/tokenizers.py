@@ -23,6 +23,10 @@ from maquette.quantities import parse_bytes
 PAD, BOS, EOS, CLS, SEP, MASK = "[PAD]", "[BOS]", "[EOS]", "[CLS]", "[SEP]", "[MASK]"
 SPECIAL = (PAD, BOS, EOS, CLS, SEP, MASK)
 
+FROM_DEV = "bpe:dev"
+"""A `bpe` of documents that no model is trained on or scored on: membership is then a matter of
+the model's weights alone."""
+
 _LETTERS = (
     "A-Za-z\u00aa\u00b5\u00ba\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u1fff\u2c00-\u2dff\u3005-\u3007"
     "\u3021-\u3029\u3031-\u3035\u3041-\ud7ff\uf900-\ufdff\ufe70-\ufefe\uff21-\uff3a\uff41-\uff5a"
@@ -45,7 +49,8 @@ class TokenizerSpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     type: str = "bpe"
-    """`bpe` (trained on the corpus), `bytes`, or the folder or hub name of a tokenizer."""
+    """`bpe` (trained on the corpus), `bpe:dev` (on its part `dev`), `bytes`, or the folder or hub
+    name of a tokenizer."""
     vocabulary: int = Field(default=4096, ge=300)
     """Ids of a trained `bpe` in all, special tokens included."""
     sample: str = "32MB"
@@ -65,7 +70,7 @@ class TokenizerSpec(BaseModel):
 
     @property
     def is_trained(self) -> bool:
-        return self.type in ("bpe", "bytes")
+        return self.type in ("bpe", FROM_DEV, "bytes")
 
     def special_tokens(self) -> list[str]:
         """Special tokens in the order of their ids, from 0."""
@@ -133,9 +138,9 @@ def train(spec: TokenizerSpec, texts: Iterable[str]) -> Any:
     if reached < spec.vocabulary:
         raise BadInput(
             f"{n_bytes} bytes of text support a vocabulary of {reached}, not {spec.vocabulary}",
-            where="tokenizer",
             key="vocabulary",
-            mend=f"set `vocabulary: {reached}` or less, use `type: bytes`, or give more text",
+            mend=f"`workload: {{vocabulary: {reached}}}` or less, "
+            "`workload: {tokenizer: bytes}`, or more text",
         )
     return _wrap(spec, tokenizer)
 
@@ -175,14 +180,14 @@ def load(name: str | Path) -> Any:
         raise BadInput(
             f"cannot load the tokenizer ({str(error).splitlines()[0] if str(error) else error!r})",
             where=name,
-            key="tokenizer.type",
+            key="tokenizer",
             mend="give `bpe`, `bytes`, a folder that `save_pretrained` wrote, or a hub name",
         ) from error
     if not getattr(tokenizer, "is_fast", False):
         raise BadInput(
             "the tokenizer has no fast version",
             where=name,
-            key="tokenizer.type",
+            key="tokenizer",
             mend="convert it with `transformers` and save it again",
         )
     end_of_document(tokenizer)

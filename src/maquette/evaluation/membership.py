@@ -331,7 +331,8 @@ def blind_control(
         from sklearn.preprocessing import MaxAbsScaler
     except ImportError:
         raise BadInput(
-            "the blind control needs scikit-learn", mend="pip install 'maquette[sklearn]'"
+            "the blind control needs scikit-learn",
+            mend="pip install 'maquette[sklearn]', or `blind: false`",
         ) from None
     labels = np.asarray(labels)
     smallest = int(np.bincount(labels.astype(np.int64), minlength=2).min())

@@ -13,7 +13,7 @@ from maquette.data.documents import hash64, hash_ids
 from maquette.data.table import stored
 from maquette.data.tokenizers import Encoder
 from maquette.errors import BadInput
-from maquette.evaluation.membership import overlapping, repeated
+from maquette.evaluation.membership import near_duplicates, overlapping, repeated
 
 Items = list[tuple[str, str]]
 """(id, text) of each text."""
@@ -65,8 +65,28 @@ def cut(items: Items, tokenizer: Any, length: int | None) -> Items:
 
 def distinct(items: Items, ngram: int) -> Items:
     """The items that share no run of `ngram` words with an earlier one."""
-    again = repeated([t for _, t in items], ngram)
-    return [item for item, drop in zip(items, again, strict=True) if not drop]
+    return without(items, repeated([t for _, t in items], ngram))
+
+
+def shared_elsewhere(
+    items: Items, ids: Sequence[str], texts: Sequence[str], ngram: int
+) -> np.ndarray:
+    """Whether each item shares a run of `ngram` words with a text of another id, bool (N,).
+
+    ids, texts: whole documents; an item may be a window of the one that has its id.
+    """
+    own = {item for item, _ in items}
+    windows = [t for _, t in items]
+    hit = overlapping(windows, [t for i, t in zip(ids, texts, strict=True) if i not in own], ngram)
+    sources = [(i, t) for i, t in zip(ids, texts, strict=True) if i in own]
+    for window, source in near_duplicates(windows, [t for _, t in sources], ngram):
+        hit[window] |= items[window][0] != sources[source][0]
+    return hit
+
+
+def without(items: Items, drop: np.ndarray) -> Items:
+    """The items whose place in `drop`, bool (N,), is False."""
+    return [item for item, gone in zip(items, drop, strict=True) if not gone]
 
 
 def apart(mine: Items, others: Items, ngram: int) -> tuple[Items, Items]:
@@ -74,8 +94,7 @@ def apart(mine: Items, others: Items, ngram: int) -> tuple[Items, Items]:
 
     Raises BadInput if either is empty.
     """
-    drop = overlapping([t for _, t in others], [t for _, t in mine], ngram)
-    kept = [item for item, gone in zip(others, drop, strict=True) if not gone]
+    kept = without(others, overlapping([t for _, t in others], [t for _, t in mine], ngram))
     if not mine or not kept:
         raise BadInput(
             f"{len(mine)} members and {len(kept)} non-members are left",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from maquette.config import load_yaml
 from maquette.data.corpus import Corpus, prepare
 from maquette.data.corpus_spec import CorpusSpec
 from maquette.data.tokenizers import TokenizerSpec
@@ -42,8 +43,19 @@ def audit_model(
     """The item table of one audit of the model in a folder (or in the local hub cache).
 
     corpus: its training part is what the audit calls `train`. held_out: where the held-out part
-    comes from; None splits it off `corpus`, at 5% of the documents.
+    comes from; None takes the split the model was trained with, if it is a run's own and `corpus`
+    that run's corpus, and else splits 5% of the documents off.
+    Raises BadInput for an audit of membership where no split tells members from others.
     """
+    fractions = None if held_out is not None else split_of(name, corpus)
+    if audit.needs_members and held_out is None and fractions is None:
+        raise BadInput(
+            f"which of these texts `{name}` was trained on is not known: it is no run of a store "
+            "that was trained on this corpus",
+            where=corpus.path,
+            key="--held-out",
+            mend="text it has not seen: --data SEEN --held-out UNSEEN",
+        )
     model, workload = load_any(name)
     needs = audit.needs.workloads
     if needs and workload not in needs:
@@ -52,18 +64,41 @@ def audit_model(
             where=name,
             mend=f"a model for {', '.join(sorted(needs))}",
         )
-    data = _parts(corpus, held_out, TokenizerSpec(type=name), cache)
+    data = _parts(corpus, held_out, fractions or (0.05, 0.0), TokenizerSpec(type=name), cache)
     ctx = Ctx(device, seed, cache, Ledger(), workload=workload)
     ctx = replace(ctx, corpus=data, tokenizer=data.tokenizer)
     model.to(device).eval().requires_grad_(False)
     return checked(audit.measure(Subject(model, data.tokenizer), data, ctx), type(audit).type)
 
 
+def split_of(name: str, corpus: CorpusSpec) -> tuple[float, float] | None:
+    """The fractions (held out, dev) by which the run whose model this is split this corpus.
+
+    None if the folder is no run's, or the run read another corpus or only a choice from it.
+    """
+    recipe = Path(name).resolve().parent / "recipe.yaml"
+    if not recipe.is_file():
+        return None
+    spec = load_yaml(recipe)
+    workload = spec.get("workload") or {}
+    try:
+        same = CorpusSpec.model_validate(workload.get("corpus")) == corpus
+        fractions = float(workload["held_out_fraction"]), float(workload["dev_fraction"])
+    except (KeyError, TypeError, ValueError):
+        return None
+    return fractions if same and not spec.get("data") else None
+
+
 def _parts(
-    corpus: CorpusSpec, held_out: CorpusSpec | None, tokenizer: TokenizerSpec, cache: Path
+    corpus: CorpusSpec,
+    held_out: CorpusSpec | None,
+    fractions: tuple[float, float],
+    tokenizer: TokenizerSpec,
+    cache: Path,
 ) -> Corpus:
     if held_out is None:
-        return prepare(corpus, tokenizer, cache=cache)
+        kept, dev = fractions
+        return prepare(corpus, tokenizer, cache=cache, held_out_fraction=kept, dev_fraction=dev)
     seen = prepare(corpus, tokenizer, cache=cache, held_out_fraction=0.0)
     unseen = prepare(held_out, tokenizer, cache=cache, held_out_fraction=0.0)
     return replace(seen, parts={"train": seen.parts["train"], "held_out": unseen.parts["train"]})

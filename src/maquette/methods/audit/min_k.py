@@ -29,7 +29,6 @@ from maquette.evaluation.membership import (
     blind_control,
     evaluate,
     member_wins,
-    overlapping,
     token_logprobs,
 )
 from maquette.evaluation.membership_texts import (
@@ -41,6 +40,8 @@ from maquette.evaluation.membership_texts import (
     distinct,
     n_ids,
     seen_tokens,
+    shared_elsewhere,
+    without,
 )
 from maquette.parts import Audit, Card, Ctx, Needs, Subject, register
 from maquette.quantities import parse_bytes
@@ -193,8 +194,8 @@ def audit_model(
     """Every score of any Hugging Face causal model on texts whose membership is known.
 
     members, non_members: texts in and not in its training data. length: cut both to windows of
-    so many tokens and leave shorter texts out; None takes texts as they are. ngram: texts that
-    share so many words with the other group, or with an earlier one of theirs, are left out.
+    so many tokens and leave shorter texts out; None takes texts as they are. ngram: texts of
+    either group that share so many words with a member are left out, but for that member itself.
     blind: also the control that never sees the model (needs scikit-learn). rng: bootstrap, folds.
     Raises BadInput if the folder holds no causal model or no text of a group is left.
     """
@@ -204,6 +205,8 @@ def audit_model(
     for name, texts in (("member", members), ("other", non_members)):
         items = [(f"{name}-{i}", t) for i, t in enumerate(texts)]
         groups.append(distinct(cut(items, tokenizer, length), ngram))
+    ids = [f"member-{i}" for i in range(len(members))]
+    groups = [without(g, shared_elsewhere(g, ids, members, ngram)) for g in groups]
     mine, others = apart(groups[0], groups[1], ngram)
     seen = seen_tokens(tokenizer, members)
     texts = [t for _, t in mine + others]
@@ -270,6 +273,7 @@ class MinK(Audit):
     """
 
     needs: ClassVar[Needs] = Needs(workloads=frozenset({"text/causal"}))
+    needs_members: ClassVar[bool] = True
     metrics: ClassVar[Mapping[str, Literal["higher", "lower"]]] = {
         "detector-auc": "higher",
         **dict.fromkeys((f"auc-{s}" for s in SCORES), "lower"),
@@ -309,7 +313,7 @@ class MinK(Audit):
     length: int = Field(64, ge=8)
     """Tokens of each text; all have the same (the paper: 32 to 256 words)."""
     ngram: int = Field(13, ge=2)
-    """Texts that share so many words with an earlier one or with the other group are left out."""
+    """Texts of either group that share so many words with another training text are left out."""
     scan: str = "256MB"
     """How much of the training part is searched for those words, by a hash of the document id."""
     plus: bool = True
@@ -318,8 +322,9 @@ class MinK(Audit):
     """Also the lower-case ratio; one more pass."""
     reference: str | None = None
     """Folder of a smaller causal model for the reference score; None leaves that score out."""
-    blind: bool = False
-    """Also the control that never sees the model; needs scikit-learn."""
+    blind: bool = True
+    """Also the control that never sees the model: far from 0.5, it says that the groups differ by
+    more than membership. Needs scikit-learn."""
     batch_size: int = Field(32, ge=1)
     """Texts per forward pass at most."""
 
@@ -405,12 +410,13 @@ class MinK(Audit):
         others = distinct(chosen(held_out, tokenizer, self.length, self.texts), self.ngram)
         mine = distinct(chosen(train, tokenizer, self.length, self.texts), self.ngram)
         encode, counts = Encoder(tokenizer), np.zeros(n_ids(tokenizer), np.int64)
-        taken = np.zeros(len(others), bool)
+        # Both groups alike: dropped from one alone, common text would tell them apart.
+        taken = np.zeros(len(mine) + len(others), bool)
         for batch in sample(train, parse_bytes(self.scan)):
-            chunk = batch["text"].to_pylist()
-            taken |= overlapping([t for _, t in others], chunk, self.ngram)
+            ids, chunk = batch["id"].to_pylist(), batch["text"].to_pylist()
+            taken |= shared_elsewhere(mine + others, ids, chunk, self.ngram)
             counts += count_tokens(encode, n_ids(tokenizer), chunk)
-        others = [item for item, gone in zip(others, taken, strict=True) if not gone]
+        mine, others = without(mine, taken[: len(mine)]), without(others, taken[len(mine) :])
         return *apart(mine, others, self.ngram), counts >= 2
 
 
