@@ -60,6 +60,23 @@ def test_an_evaluation_that_reads_an_unknown_stage_is_refused():
     assert refused(Node("a"), read={"refrence": "evaluation"}).key == "evaluate"
 
 
+def test_a_stage_made_from_one_run_under_two_names_is_refused_with_what_tells_members_apart():
+    members = [Node("a", own="member"), Node("b", own="another"), Node("c", own="member")]
+    error = refused(*members, Node("all", ("a", "b", "c")))
+    assert error.key == "stages.all.init"
+    assert "`a` and `c` are one run" in error.what
+    assert "give `c` a `reseed`" in error.mend
+
+
+def test_equal_stages_that_start_from_unlike_ones_are_two_runs_and_from_like_ones_are_one():
+    seeds = [Node("s", own="1"), Node("t", own="2"), Node("u", own="1")]
+    grown = [Node(f"from-{name}", (name,), own="more") for name in "stu"]
+    order = in_order([*seeds, *grown, Node("soup", ("from-s", "from-t"))], {"from-u": "x"}, None)
+    assert order[-1] == "soup"
+    error = refused(*seeds, *grown, Node("soup", ("from-t", "from-s", "from-u")))
+    assert "`from-s` and `from-u`" in error.what
+
+
 def test_a_stage_that_is_only_read_bills_the_cause_its_reader_names_with_all_it_came_from():
     nodes = [
         Node("seed"),

@@ -249,7 +249,8 @@ def test_the_same_parents_as_a_soup_and_as_an_ensemble_are_different_stages():
     found = {
         stage_digest(
             stages(
-                *({"name": n} for n in "ab"), {"name": "c", "init": {kind: ["a", "b"]}, **over}
+                *({"name": n, "reseed": i} for i, n in enumerate("ab")),
+                {"name": "c", "init": {kind: ["a", "b"]}, **over},
             ).last,
             "c",
             0,

@@ -61,11 +61,16 @@ def parse_init(value: object, where: object, key: str) -> Init | None:
 
 @dataclass(frozen=True)
 class Node:
-    """A stage as the graph sees it. init: stages it starts from. reads: {stage read: cause}."""
+    """A stage as the graph sees it. init: stages it starts from. reads: {stage read: cause}.
+
+    own: what else decides what is trained, equal for two stages that do the same; None for a stage
+    that is like no other.
+    """
 
     name: str
     init: tuple[str, ...] = ()
     reads: Mapping[str, str] | None = None
+    own: str | None = None
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -79,7 +84,8 @@ def in_order(
 
     read_at_the_end: {stage: cause} of what the evaluations read.
     Raises BadInput for two stages of one name, an unknown stage, a cycle, a stage that needs the
-    recipe's result, and a stage that nothing uses.
+    recipe's result, a stage that nothing uses, and a soup or ensemble of two stages that are one
+    run.
     """
     by_name = {node.name: node for node in nodes}
     if len(by_name) != len(nodes):
@@ -109,7 +115,30 @@ def in_order(
             key=f"stages.{idle[0]}",
             mend=f"let a later stage start from it (`init: {{from: {idle[0]}}}`), or remove it",
         )
+    _refuse_twins([by_name[name] for name in order], where)
     return (*(name for name in order if name != final), final)
+
+
+def _refuse_twins(nodes: Sequence[Node], where: object) -> None:
+    """Raise BadInput where one stage starts from two that would be one run, found by one digest.
+
+    nodes: each after those it needs.
+    """
+    runs: dict[str, object] = {}
+    for node in nodes:
+        first: dict[object, str] = {}
+        for parent in node.init:
+            twin = first.setdefault(runs[parent], parent)
+            if twin != parent:
+                raise BadInput(
+                    f"`{twin}` and `{parent}` are one run under two names, which adds nothing",
+                    where=where,
+                    key=f"stages.{node.name}.init",
+                    mend=f"give `{parent}` a `reseed` of its own",
+                )
+        started = tuple(runs[name] for name in node.init)
+        read = tuple((name, runs[name]) for name in sorted(node.reads or ()))
+        runs[node.name] = (node.own or node.name, started, read)
 
 
 def _check_known(

@@ -1,5 +1,7 @@
 """DSIR: weights against worked-out ratios, draws against the weights, a planted domain."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from maquette.data.sampling import gumbel_top_k
 from maquette.errors import BadInput
 from maquette.methods.data.dsir import log_ratio, log_weights
 from maquette.recipe import parse_recipe
+from maquette.study.check import plan
 from maquette.study.execute import execute
 from maquette.study.store import Store
 
@@ -100,6 +103,17 @@ def test_a_run_is_trained_on_the_targets_domain(world, home):
     assert facts["rows"] * 5 == facts["candidates"] == 8 * 32 * 5
     assert ledger["scorer"]["seconds"] > 0
     assert 0 < ledger["scorer"]["flops"] < 0.01 * ledger["train"]["flops"]
+
+
+def test_a_target_that_is_also_trained_on_is_refused_before_anything_runs(world, home):
+    trained = world.train(recipe(world) | {"feed": "as-is"}).trained()
+    [batch, *_] = trained.corpus.documents("train")
+    texts = [batch["text"].to_pylist()[0], "words that are nowhere else " * 40]
+    target = home / "target.jsonl"
+    target.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    data = recipe(world, reference={"corpus": {"path": str(target)}})
+    with pytest.raises(BadInput, match="documents of the train part are also in the reference"):
+        plan(parse_recipe(data), Store(home), OPTIONS)
 
 
 def test_a_pool_smaller_than_its_candidates_is_refused(world, home):

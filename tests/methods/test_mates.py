@@ -1,5 +1,6 @@
 """MATES: influences against closed forms, the draw against its softmax, stages of real runs."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +18,8 @@ from maquette.study.models import build
 from maquette.study.store import Store
 from maquette.training import loop
 from maquette.training.branch import branch
-from maquette.training.influence_probe import measure, oracle_losses
+from maquette.training.influence import EncoderInfluence, TfidfInfluence
+from maquette.training.influence_probe import Measured, measure, oracle_losses
 from maquette.training.ledger import FlopCounter
 
 # --- the probe -----------------------------------------------------------------------------------
@@ -310,6 +312,69 @@ def test_a_flop_budget_pays_for_probes_and_scoring_to_the_step(world, home, opti
     assert all(f["stage"] == 0 or f["chosen_by"] == "influence" for f in facts.values())
 
 
+def refreshed(run, monkeypatch, measured):
+    """Facts of the run's refreshes by step, with `measured(rows)` for what probes would measure."""
+    mates = "maquette.methods.data.mates"
+    monkeypatch.setattr(f"{mates}.measure", lambda run, reference, rows: measured(rows))
+    for step in (0, 3, 6):
+        run.step = step
+        run.selections[step] = run.stage.feed.refresh(run, run.clock)
+    return {step: one.facts for step, one in run.selections.items()}
+
+
+MANY_COMMON = {"n_probes": 40, "common_probes": 30, "rho": 0.5}
+QUICK_ENCODER = {"width": 8, "heads": 1, "depth": 1, "epochs": 1}
+
+
+def test_losses_that_have_nothing_to_do_with_the_text_are_not_predicted(world, monkeypatch):
+    run, _ = live(world, **MANY_COMMON)
+    n_rows = run.ctx.corpus.train.n_tokens // run.objective.window(run.ctx.length)
+    found = []
+    for draw in range(40):
+        # A row has the same loss in every stage, so a model that has seen it knows it.
+        losses = np.random.default_rng(draw).normal(size=n_rows)
+        facts = refreshed(run, monkeypatch, lambda rows, y=losses: Measured(0.0, y[rows], {}))
+        found.append([facts[6]["first_model_spearman"], facts[6]["validation_spearman"]])
+    means = np.mean(found, axis=0)
+    assert np.all(np.abs(means) < 3 / np.sqrt(40 * (10 - 1))), means
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (TfidfInfluence, {}),
+        (EncoderInfluence, {"refit": "warm", "scorer": "encoder", "encoder": QUICK_ENCODER}),
+    ],
+)
+def test_no_row_that_was_ever_fitted_on_is_judged_by(world, monkeypatch, kind, options):
+    run, _ = live(world, **MANY_COMMON, **options)
+    fit, folds = kind.fit, []
+
+    def spied(self, train, validation, step):
+        folds.append([{row.tobytes() for row in fold.ids_NT} for fold in (train, validation)])
+        return fit(self, train, validation, step)
+
+    monkeypatch.setattr(kind, "fit", spied)
+    losses = np.random.default_rng(0).normal(size=10**5)
+    refreshed(run, monkeypatch, lambda rows: Measured(0.0, losses[rows], {}))
+    [(first, judged), (second, judged_later)] = folds
+    assert len(first) == len(second) == 30
+    assert len(judged) == len(judged_later) == 10
+    assert len(first & second) == 30  # all of them common
+    assert not (first | second | judged) & judged_later
+    assert not first & judged
+
+
+def test_a_reference_that_is_also_trained_on_is_refused_when_the_run_is_planned(world, tmp_path):
+    run, _ = live(world)
+    [batch, *_] = run.ctx.corpus.documents("train")
+    reference = tmp_path / "reference.jsonl"
+    texts = [" ".join(batch["text"].to_pylist()[0].split()), "words that are nowhere else " * 40]
+    reference.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    with pytest.raises(BadInput, match="documents of the train part are also in the reference"):
+        live(world, reference={"corpus": {"path": str(reference)}})
+
+
 def test_a_learning_rate_of_zero_is_named_as_the_cause(world):
     run, _ = live(world, seed=1)
     feed = run.stage.feed
@@ -338,6 +403,7 @@ def test_rows_that_a_pool_does_not_have_are_refused_before_training(world, home)
         ({"refit": "warm"}, "warm needs scorer: encoder"),
         ({"validation_fraction": 0.1}, "got 2 of 16"),
         ({"validation_fraction": 0.99}, "got 16 of 16"),
+        ({"common_probes": 13}, "4 of 16 probes validate, but only 3 are not common"),
         ({"reference": {"rows": 4}}, "name a `corpus` of its own"),
         ({"encoder": {"width": 7, "heads": 2}}, "multiple of heads"),
     ],

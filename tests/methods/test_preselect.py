@@ -279,6 +279,31 @@ def test_the_study_is_not_judged_on_what_the_scorer_learnt_from(ctx, tmp_path):
         run(PredictiveSelection(**OPTIONS), judged)
 
 
+def test_what_was_learnt_before_does_not_hide_a_held_out_document(ctx, tmp_path):
+    held_out = tmp_path / "held_out.parquet"
+    pq.write_table(pa.Table.from_batches([BATCH.slice(0, 150)]), held_out)
+    run(PredictiveSelection(**OPTIONS), ctx)
+    judged = Ctx(ctx.device, 0, ctx.cache, Ledger(), stages=ctx.stages, held_out=held_out)
+    with pytest.raises(BadInput, match="is among the texts to learn from"):
+        run(PredictiveSelection(**OPTIONS), judged)
+
+
+@pytest.mark.parametrize("change", ["ids", "domains"])
+def test_the_same_texts_under_other_ids_or_domains_are_learnt_from_anew(ctx, change):
+    ids, texts, domains = (BATCH[name].to_pylist() for name in ("id", "text", "domain"))
+    if change == "ids":  # which decide who is a seed
+        other = documents([f"other{i}" for i in range(len(ids))], texts, domains)
+    else:  # which decide what the benchmark is
+        other = documents(ids, texts, ["prose" if d == "code" else "code" for d in domains])
+    before, _ = run(PredictiveSelection(**OPTIONS), ctx)
+    after, _ = run(PredictiveSelection(**OPTIONS), ctx, other)
+    assert after.meta["key"] != before.meta["key"]
+    fresh = Ctx(ctx.device, 0, ctx.cache / "other", Ledger(), stages=ctx.stages)
+    alone, _ = run(PredictiveSelection(**OPTIONS), fresh, other)
+    assert torch.equal(after.tensors["reserved"], alone.tensors["reserved"])
+    assert torch.equal(after.tensors["weights"], alone.tensors["weights"])
+
+
 # --- warnings ------------------------------------------------------------------------------------
 
 

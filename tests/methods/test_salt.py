@@ -407,10 +407,21 @@ def test_label_smoothing_needs_no_teacher_and_costs_nothing(world):
     assert run.weights() != plain.weights()
 
 
-def test_more_distilled_steps_than_the_run_has_are_refused(world, small, home):
-    data = recipe(world, teacher=small, until="9step")
-    with pytest.raises(BadInput, match="more than the 8 steps"):
+def test_more_distilled_steps_than_a_budget_in_steps_are_refused_when_it_is_read(world):
+    data = recipe(world, teacher="./small", until="9step")
+    with pytest.raises(BadInput, match="9step is more than the 8 steps") as caught:
+        parse_recipe(data, where="my.yaml")
+    assert (caught.value.where, caught.value.key) == ("my.yaml", "objective.until")
+    assert parse_recipe(recipe(world, teacher="./small", until="8step"))
+
+
+def test_more_distilled_steps_than_the_run_turns_out_to_have_cost_no_step(world, small, home):
+    tokens = STEPS * 32 * 32
+    data = recipe(world, teacher=small, until="9step") | {"budget": f"{tokens}tok"}
+    with pytest.raises(BadInput, match="9step is more than the 8 steps"):
         execute(parse_recipe(data), 0, Store(home), OPTIONS)
+    [record] = Store(home).list_runs()
+    assert not (Store(home).run_dir(record.digest) / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize(

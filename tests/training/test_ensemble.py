@@ -34,7 +34,7 @@ class Fixed(nn.Module):
 
 def test_the_mean_of_binary_logits_is_the_hand_computed_one_and_not_the_mean_of_probabilities():
     model = llama(0)
-    both = LogitMean([Fixed(model, [2.0, 0.0]), Fixed(model, [0.0, 0.0])])
+    both = LogitMean([Fixed(model, [2.0, 0.0]).eval(), Fixed(model, [0.0, 0.0]).eval()])
     p = both(torch.zeros(1, 1, dtype=torch.long)).logits.softmax(-1)[0, 0, 0]
     assert float(p) == pytest.approx(0.7311, abs=1e-4)  # the other mean would be .6904
 
@@ -73,6 +73,11 @@ def test_members_of_different_vocabularies_are_refused():
         LogitMean([llama(0), llama(1, vocabulary=41)])
     with pytest.raises(ValueError, match="at least one"):
         LogitMean([])
+
+
+def test_a_member_in_training_mode_is_refused_by_its_number():
+    with pytest.raises(ValueError, match=r"member 1 is in training mode; call `\.eval\(\)`"):
+        LogitMean([llama(0), llama(1).train()])
 
 
 def test_a_soup_is_the_mean_of_every_weight():

@@ -26,8 +26,9 @@ class LogitMean(PreTrainedModel, GenerationMixin):
     geometric mean of their distributions. By convexity of log-sum-exp its loss is at most the
     mean of theirs.
 
-    members: causal language models of one vocabulary, frozen here.
-    Kim et al., 2025, arXiv:2509.14786, section 4. Raises ValueError as `check_members`.
+    members: causal language models of one vocabulary in eval mode, frozen here.
+    Kim et al., 2025, arXiv:2509.14786, section 4. Raises ValueError as `check_members`, and for a
+    member in training mode: with dropout its logits would be drawn.
     """
 
     # The members attend, each as it was built; this class runs no attention that could clash.
@@ -36,6 +37,9 @@ class LogitMean(PreTrainedModel, GenerationMixin):
 
     def __init__(self, members: Sequence[PreTrainedModel]) -> None:
         check_members(members)
+        for number, member in enumerate(members):
+            if member.training:
+                raise ValueError(f"member {number} is in training mode; call `.eval()` on it first")
         super().__init__(copy.deepcopy(members[0].config))
         self.members = nn.ModuleList(members)
         self.generation_config = members[0].generation_config

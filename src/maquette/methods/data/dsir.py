@@ -144,7 +144,6 @@ print(sorted(raw[i] for i in chosen))  # the two about mathematics
                 key="feed.rho",
                 mend="more text, a larger rho, or a smaller budget",
             )
-        refuse_overlap(reference, run.ctx.corpus)  # type: ignore[arg-type]
         start = time.perf_counter()
         target = self._bag(self._counts(run, reference.ids_RT))
         pieces = [candidates[i : i + ROWS_AT_ONCE] for i in range(0, len(candidates), ROWS_AT_ONCE)]
@@ -171,7 +170,9 @@ print(sorted(raw[i] for i in chosen))  # the two about mathematics
         return Selection(candidates[chosen], facts=facts)
 
     def side_flops(self, run: Run) -> Callable[[int], float]:
-        _, pool = self._setting(run)
+        reference, pool = self._setting(run)
+        # Every run is planned by this, so that nothing is trained beside a bad reference.
+        refuse_overlap(reference, run.ctx.corpus)  # type: ignore[arg-type]
         sample = self._counts(run, self._ids(run, pool.candidates[:SAMPLE_ROWS]))
         per_row = OPERATIONS_PER_COUNT * sample.nnz / sample.shape[0]
         return lambda steps: math.ceil(steps * run.rows / self.rho) * per_row

@@ -31,6 +31,8 @@ from maquette.training.influence_probe import measure, row_ids
 
 Array = NDArray[np.float64]
 Rows = NDArray[np.int64]
+FOLDS = "common probes are fitted on"
+"""Told to the digest: a run whose influence models were judged otherwise is another run."""
 LITTLE_SIGNAL = 0.1
 """Validation Spearman below which the report warns."""
 
@@ -142,9 +144,10 @@ with branch([model], sgd) as now:
     n_probes: int = Field(250, ge=8)
     """Rows whose influence is measured per stage. The paper: 80,000 to 160,000."""
     common_probes: int = Field(50, ge=0)
-    """Of these, rows measured in every stage, to see how influences change."""
+    """Of these, rows measured in every stage, to see how influences change. Models are fitted on
+    them and never judged by them."""
     validation_fraction: float = Field(0.1, gt=0, lt=1)
-    """Share of the probes the influence model is judged by. The paper: 0.1."""
+    """Share of the probes the influence model is judged by, new ones each stage. The paper: 0.1."""
     scorer: Literal["tfidf", "encoder"] = "tfidf"
     """Influence model: TF-IDF and ridge regression, or a small transformer encoder."""
     refit: Literal["restart", "warm", "static"] = "restart"
@@ -171,10 +174,16 @@ with branch([model], sgd) as now:
             raise ValueError(f"common_probes must be <= n_probes, got {self.common_probes}")
         if self.refit == "warm" and self.scorer != "encoder":
             raise ValueError("refit: warm needs scorer: encoder; a ridge fit has one solution")
-        if not 3 <= self._n_validation() <= self.n_probes - 2:
+        n, fresh = self._n_validation(), self.n_probes - self.common_probes
+        if not 3 <= n <= self.n_probes - 2:
             raise ValueError(
                 f"validation_fraction must leave 3 probes or more to validate on and 2 to fit, "
-                f"got {self._n_validation()} of {self.n_probes}"
+                f"got {n} of {self.n_probes}"
+            )
+        if n > fresh:
+            raise ValueError(
+                f"{n} of {self.n_probes} probes validate, but only {fresh} are not common, and a "
+                "common one was fitted on: lower common_probes or validation_fraction"
             )
         return self
 
@@ -182,7 +191,7 @@ with branch([model], sgd) as now:
         return round(self.validation_fraction * self.n_probes)
 
     def digest_key(self) -> str:
-        return self.reference.digest_key()
+        return f"{FOLDS}; {self.reference.digest_key()}"
 
     # --- what the engine calls ---
 
@@ -202,7 +211,6 @@ with branch([model], sgd) as now:
         reference, pool = self._setting(run)
         if stage == 0:
             stages.check_room(pool)
-            refuse_overlap(reference, _corpus(run))
             rows = pool.candidates[: stages.taken(0)]
             return Selection(rows, ordered=True, facts={"stage": 0, "chosen_by": "chance"})
         try:
@@ -234,6 +242,8 @@ with branch([model], sgd) as now:
 
     def side_flops(self, run: Run) -> Callable[[int], float]:
         reference, pool = self._setting(run)
+        # Every run is planned by this, so that nothing is trained beside a bad reference.
+        refuse_overlap(reference, _corpus(run))
         flops = measure(run, reference, pool.probes[:1]).flops
         probe, look = sum(flops.values()), flops["reference"]
         n, n_validation = self.n_probes, self._n_validation()
@@ -285,9 +295,10 @@ with branch([model], sgd) as now:
         )
         measured = measure(run, reference, rows)
         before, losses = measured.before, measured.losses_N
+        # The rows are in a random order, the common ones first: they are measured again in later
+        # stages, so a model fitted on them (the first one, a warm one) must not be judged by them.
         n_train = len(rows) - self._n_validation()
-        order = run.ctx.rng("mates split", stage).permutation(len(rows))
-        ids, y = row_ids(run, rows[order]), labels(losses[order], n_train)
+        ids, y = row_ids(run, rows), labels(losses, n_train)
         held = Fold(ids[n_train:], y[n_train:])
         found = model.fit(Fold(ids[:n_train], y[:n_train]), held, edges[stage])
         facts: dict[str, Any] = {

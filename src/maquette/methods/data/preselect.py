@@ -293,15 +293,23 @@ print(scorer.scores(["the theorem", "buy here"]).round(2), scorer.influence(["th
     def fit(self, sample: pa.Table, ctx: Ctx) -> State:
         """Learn the scorer, or take it from the cache, and place the cut.
 
-        All but the cut is kept under the options and texts it depends on, with what it cost.
+        All but the cut is kept under the options, documents and models it depends on, with what
+        it cost.
         """
         pool = Pool.of(sample)
         models = [finished_stage(name, ctx) for name in self.ladder]
         models += [model_folder(path, ctx) for path in self.ladder_models]
+        target, seeds = self._roles(pool)
+        # Not part of what is kept: the same texts may be held out in one study and not in another.
+        refuse_held_out([pool.texts[i] for i in [*target, *seeds]], ctx.held_out, "target")
         options = {k: v for k, v in self.spec().items() if k != "keep"}
-        texts = text_digests(pool.texts).tobytes()
-        key = scoring_key(NAME, options, texts, *(m.digest.encode() for m in models))
-        learnt = learnt_once(NAME, key, ctx, lambda apart: self._learn(pool, models, apart, key))
+        columns = [text_digests(c).tobytes() for c in (pool.texts, pool.ids, pool.domains)]
+        key = scoring_key(NAME, options, *columns, *(m.digest.encode() for m in models))
+
+        def learn(apart: Ctx) -> State:
+            return self._learn(pool, target, seeds, models, apart, key)
+
+        learnt = learnt_once(NAME, key, ctx, learn)
         state = State(learnt.tensors, {**learnt.meta, "cache": str(ctx.cache), "key": key})
         free = pool.rows(~_is_reserved(pool.texts, state))
         scores = self._scores(free.texts, state)
@@ -314,11 +322,18 @@ print(scorer.scores(["the theorem", "buy here"]).round(2), scorer.influence(["th
             facts["enrichment"] = enrichment(cut.keep(scores, free.ids), like, free.characters)
         return State(state.tensors, {**state.meta, **facts})
 
-    def _learn(self, pool: Pool, models: list[FrozenModel], ctx: Ctx, key: str) -> State:
-        """Seeds, losses, S, classifier, and the scores of the pool (left in the score cache)."""
+    def _learn(
+        self,
+        pool: Pool,
+        target: Rows,
+        seeds: Rows,
+        models: list[FrozenModel],
+        ctx: Ctx,
+        key: str,
+    ) -> State:
+        """Losses, S, classifier, and the scores of the pool (left in the score cache)."""
         import torch
 
-        target, seeds = self._roles(pool, ctx)
         cut = [pool.texts[i][: self.seeds.max_chars] for i in [*seeds, *target]]
         measured = ladder_losses(models, cut, ctx, length=self.length, stride=self.stride)
         size, n = np.array([len(t) for t in cut]), len(seeds)
@@ -368,16 +383,14 @@ print(scorer.scores(["the theorem", "buy here"]).round(2), scorer.influence(["th
         shuffled[np.argsort(scores)] = np.sort(scores)[order]
         return shuffled
 
-    def _roles(self, pool: Pool, ctx: Ctx) -> tuple[Rows, Rows]:
+    def _roles(self, pool: Pool) -> tuple[Rows, Rows]:
         """(rows of the benchmark, rows of the seeds), apart by a hash of the id."""
         target: Rows = np.empty(0, np.int64)
         if self.scores is None:
             target = benchmark_rows(
                 pool, self.target, self.target_documents, self.seeds.min_chars, TARGET
             )
-        seeds = seed_rows(pool, self.seeds, SEEDS, apart_from=target)
-        refuse_held_out([pool.texts[i] for i in [*target, *seeds]], ctx.held_out, "target")
-        return target, seeds
+        return target, seed_rows(pool, self.seeds, SEEDS, apart_from=target)
 
     def _classifier(
         self, strength: Array, texts: list[str], ids: list[str], ctx: Ctx

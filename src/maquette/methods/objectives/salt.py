@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedModel
 
+    from maquette.schedules import Horizon
+
 log = logging.getLogger(__name__)
 
 Switch = Literal["abrupt", "linear", "ratio"]
@@ -279,18 +281,16 @@ for step in range(n):
             return "distil"
         return "distil" if self._weight(clock, nn.ModuleDict()) > 0 else ""
 
-    def phase_now(self, clock: Clock, extra: nn.ModuleDict) -> str:
+    def check_horizon(self, horizon: Horizon) -> None:
         steps = _steps_in(self.until)
-        if (
-            steps is not None
-            and clock.step > 0
-            and steps > (n := clock.step / clock.fraction) + 0.5
-        ):
+        if steps is not None and steps > horizon.steps:
             raise BadInput(
-                f"{self.until} is more than the {n:.0f} steps of the run",
+                f"{self.until} is more than the {horizon.steps} steps of the run",
                 key="objective.until",
                 mend="a share of the budget (`until: 0.2`), fewer steps, or a larger budget",
             )
+
+    def phase_now(self, clock: Clock, extra: nn.ModuleDict) -> str:
         if self._weight(clock, extra) == 0:
             return ""
         return "look" if self._looks(clock) else "distil"
