@@ -65,18 +65,62 @@ def fsync_dir(folder: Path) -> None:
         os.close(handle)
 
 
+def fsync_file(file: Path) -> None:
+    """Make the content of `file` last."""
+    handle = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def fsync_tree(folder: Path) -> None:
     """Fsync every file and folder under `folder`, and `folder` itself."""
     for root, _, names in os.walk(folder):
         for name in names:
             file = Path(root) / name
             if file.is_file():
-                handle = os.open(file, os.O_RDONLY)
-                try:
-                    os.fsync(handle)
-                finally:
-                    os.close(handle)
+                fsync_file(file)
         fsync_dir(Path(root))
+
+
+def _temporary(final: Path) -> Path:
+    """An empty file beside `final`, of a name that no other writer has; parents are made."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{final.name[:100]}.", suffix=".tmp", dir=final.parent)
+    os.close(handle)
+    return Path(name)
+
+
+@contextlib.contextmanager
+def new_file(final: Path) -> Iterator[Path]:
+    """A temporary file beside `final` to fill; it replaces `final` when the block ends well.
+
+    When the block raises, the temporary file is removed and `final` stays as it was; so it does
+    when the block removes the file itself, because there is nothing to write.
+    Raises RunFailed for a full disk and BadInput where writing is not allowed.
+    """
+    with explained(final):
+        temporary = _temporary(final)
+    try:
+        yield temporary
+        if temporary.exists():
+            with explained(final):
+                # mkstemp makes private files; a store is shared as the user's umask says.
+                temporary.chmod(0o666 & ~_umask())
+                fsync_file(temporary)
+                temporary.replace(final)
+                fsync_dir(final.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_writable(final: Path) -> None:
+    """Raise BadInput or RunFailed where `final` could not be written: before the work for it."""
+    with explained(final):
+        if final.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        _temporary(final).unlink()
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -85,24 +129,8 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises RunFailed for a full disk and BadInput where writing is not allowed; in both cases the
     old content stays and no temporary file is left.
     """
-    with explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            prefix=f".{path.name[:100]}.", suffix=".tmp", dir=path.parent
-        )
-        temporary = Path(name)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            # mkstemp makes private files; a store is shared as the user's umask says.
-            temporary.chmod(0o666 & ~_umask())
-            temporary.replace(path)
-            fsync_dir(path.parent)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+    with explained(path), new_file(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def _umask() -> int:
@@ -225,8 +253,8 @@ def write_checksums(folder: Path) -> None:
     write_json(folder / CHECKSUMS, sha256_dir(folder))
 
 
-def verify_checksums(folder: Path) -> None:
-    """Raise BadInput naming the files under `folder` that changed since `write_checksums`."""
+def read_checksums(folder: Path) -> dict[str, str]:
+    """What `write_checksums` wrote into `folder`; BadInput when it cannot be read."""
     file = folder / CHECKSUMS
     try:
         expected = json.loads(file.read_text(encoding="utf-8"))
@@ -236,6 +264,12 @@ def verify_checksums(folder: Path) -> None:
         raise BadInput(
             "the checksums cannot be read", where=file, mend="take a complete copy of the folder"
         ) from error
+    return expected
+
+
+def verify_checksums(folder: Path) -> None:
+    """Raise BadInput naming the files under `folder` that changed since `write_checksums`."""
+    expected = read_checksums(folder)
     actual = sha256_dir(folder)
     bad = sorted(n for n in {*expected, *actual} if expected.get(n) != actual.get(n))
     if bad:

@@ -126,3 +126,68 @@ def test_bad_flags_end_with_status_2_and_the_mend(flags, said, source, tmp_path,
         main()
     assert stop.value.code == 2
     assert said in capsys.readouterr().err
+
+
+class Killed(BaseException):
+    """Ends the process as far as the code can see."""
+
+
+def names(folder):
+    return sorted(p.name for p in folder.glob("*out*"))
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_a_kill_between_the_two_files_leaves_nothing_in_the_way(
+    renames, source, tmp_path, monkeypatch, caplog
+):
+    out, left = tmp_path / "out.parquet", renames
+    real = Path.replace
+
+    def replace(self, target):
+        nonlocal left
+        if Path(target).parent == tmp_path:
+            left -= 1
+            if left < 0:
+                raise Killed
+        return real(self, target)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Path, "replace", replace)
+        curate_to(RECIPE, "r.yaml", source, out, tmp_path / "cache")
+    assert names(tmp_path) == ["out.dropped.parquet"][:renames]
+    card = curate_to(RECIPE, "r.yaml", source, out, tmp_path / "cache")
+    assert names(tmp_path) == ["out.dropped.parquet", "out.parquet"]
+    assert card["files"] == [str(out), str(tmp_path / "out.dropped.parquet")]
+    assert ("did not finish" in caplog.text) == bool(renames)
+
+
+def test_files_name_what_was_written(source, tmp_path):
+    recipe = {"data": [RECIPE["data"][0] | {"take": "5doc"}]}
+    out = tmp_path / "out.parquet"
+    card = curate_to(recipe, "r.yaml", source, out, tmp_path / "cache")
+    assert card["files"] == [str(path) for path in sorted(tmp_path.glob("out*"), reverse=True)]
+
+
+def test_a_target_that_cannot_be_written_is_refused_before_the_work(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("maquette.study.curation.curate", lambda *a, **k: pytest.fail("worked"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput):
+        curate_to(RECIPE, "r.yaml", source, tmp_path / "file" / "out.parquet", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name", ["out.parquet", "out.jsonl"])
+def test_an_empty_corpus_is_written_only_when_it_is_allowed(source, tmp_path, name):
+    recipe = {"data": [{"type": "age-cutoff", "year": 1990, "missing": "drop", "equal_to": None}]}
+    out = tmp_path / name
+    with pytest.raises(BadInput, match="no document is kept"):
+        curate_to(recipe, "r.yaml", source, out, tmp_path / "cache")
+    assert not out.exists()
+    card = curate_to(recipe, "r.yaml", source, out, tmp_path / "cache", allow_empty=True)
+    assert card["kept"]["documents"] == 0
+    assert card["files"] == [str(out), str(tmp_path / "out.dropped.parquet")]
+    if name.endswith(".parquet"):
+        empty = pq.read_table(out)
+        assert empty.num_rows == 0 and {"id", "text"} <= set(empty.column_names)
+    else:
+        assert out.read_bytes() == b""
+    assert pq.read_table(tmp_path / "out.dropped.parquet").num_rows == 5

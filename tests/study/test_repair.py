@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import sqlite3
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from safetensors.torch import save_file
 from maquette import atomic
 from maquette.cli import main
 from maquette.errors import BadInput
-from maquette.study.filesystem import mount_of, sharing_warning
 from maquette.study.repair import repair
 from maquette.study.store import Store
 
@@ -184,46 +182,3 @@ def test_a_newer_store_is_not_repaired(store: Store) -> None:
     with pytest.raises(BadInput, match="format 99"):
         repair(store.home)
     assert not list(store.home.glob("*damaged*"))
-
-
-# --- where a store lies --------------------------------------------------------------------------
-
-
-def mounts(tmp_path: Path, kind: str, options: str = "rw,relatime") -> Path:
-    table = tmp_path / "mounts"
-    here = str(tmp_path / "a b").replace(" ", "\\040")
-    table.write_text(
-        f"/dev/sda / ext4 rw 0 0\nserver:/x {here} {kind} {options} 0 0\nbroken\n"
-        f"tmpfs {here}/local tmpfs rw 0 0\n"
-    )
-    return table
-
-
-@pytest.mark.parametrize("kind", ["nfs", "nfs4", "cifs", "9p", "fuse.sshfs"])
-def test_a_store_on_a_network_file_system_is_warned_of_with_the_mend(tmp_path, kind):
-    table = mounts(tmp_path, kind)
-    said = sharing_warning(tmp_path / "a b" / "home", table)
-    assert kind in said
-    assert "mend: " in said and "MAQUETTE_HOME" in said
-    assert "without locks" not in said
-    for local in (tmp_path / "a b" / "local" / "home", tmp_path / "a", tmp_path / "a bc"):
-        assert sharing_warning(local, table) is None
-
-
-def test_a_mount_without_locks_is_named(tmp_path):
-    said = sharing_warning(tmp_path / "a b", mounts(tmp_path, "nfs", "rw,nolock,vers=3"))
-    assert "without locks between machines (nolock)" in said
-
-
-def test_opening_such_a_store_logs_the_warning_once(tmp_path, monkeypatch, caplog):
-    table = mounts(tmp_path, "nfs4")
-    monkeypatch.setattr(sharing_warning, "__defaults__", (table,))
-    with caplog.at_level(logging.WARNING):
-        Store(tmp_path / "a b" / "home")
-        Store(tmp_path / "a b" / "home", check=False)  # as workers open it
-    assert caplog.text.count("network file system (nfs4") == 1
-
-
-def test_where_there_is_no_table_of_mounts_nothing_is_said(tmp_path):
-    assert mount_of(tmp_path, tmp_path / "none") is None
-    assert sharing_warning(tmp_path, tmp_path / "none") is None

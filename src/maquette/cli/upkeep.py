@@ -47,9 +47,15 @@ def repair(*, common: Common = Common()) -> None:
     lines = [f"rebuilt the index from {done.runs} run folders"]
     if done.aside:
         lines.append(f"the damaged index is kept as {done.aside}")
+    lines += [f"{d[:12]} is mended: {what}" for d, what in done.rebuilt.items()]
     lines += [f"{d[:12]} will be computed again: {why}" for d, why in done.broken.items()]
     say(
         common,
-        {"runs": done.runs, "aside": done.aside and str(done.aside), "broken": done.broken},
+        {
+            "runs": done.runs,
+            "aside": done.aside and str(done.aside),
+            "broken": done.broken,
+            "rebuilt": done.rebuilt,
+        },
         "\n".join(lines),
     )

@@ -6,6 +6,7 @@ import gzip
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import IO, cast
 
@@ -29,24 +30,22 @@ def ending_of(path: Path) -> str:
     )
 
 
-def write_documents(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
-    """Write batches of one schema; the file is seen whole or not at all, and never half.
+def write_documents(path: Path, temporary: Path, batches: Iterable[pa.RecordBatch]) -> None:
+    """Write batches of one schema into `temporary`, in the format that the ending of `path` says.
 
-    Without any batch no file is written. Raises BadInput or RunFailed when it cannot be.
+    temporary: what `atomic.new_file(path)` gave, which then replaces `path`. Without any batch it
+    is removed, and no file is written. Raises BadInput or RunFailed when it cannot be.
     """
     ending = ending_of(path)
-    temporary = path.with_name(f".{path.name}.tmp")
     with atomic.explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            if ending == ".parquet":
-                _to_parquet(temporary, batches)
-            else:
-                _to_json_lines(temporary, ending, batches)
-            if temporary.exists():
-                temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        source = iter(batches)
+        first = next(source, None)
+        if first is None:
+            temporary.unlink()
+        elif ending == ".parquet":
+            _to_parquet(temporary, chain([first], source))
+        else:
+            _to_json_lines(temporary, ending, chain([first], source))
 
 
 def _to_parquet(path: Path, batches: Iterable[pa.RecordBatch]) -> None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import heapq
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
+from maquette import atomic
 from maquette.config import validate
 from maquette.data.corpus import curate
 from maquette.data.corpus_spec import CorpusSpec
-from maquette.data.documents import hash64
+from maquette.data.documents import SCHEMA, hash64
 from maquette.data.engines import open_engine
 from maquette.data.steps import reason_of
 from maquette.data.writers import ending_of, write_documents
@@ -24,6 +28,7 @@ from maquette.parts import Ctx
 from maquette.recipe import parse_data
 from maquette.training.ledger import Ledger
 
+log = logging.getLogger(__name__)
 EXAMPLES = 10
 """Documents named for each reason in the summary."""
 
@@ -37,6 +42,7 @@ def curate_to(
     *,
     engine: str = "in-process",
     ray: str | None = None,
+    allow_empty: bool = False,
     tell: Tell = untold,
 ) -> dict[str, Any]:
     """Curate `source` into the file `target`, whose ending says the format (`data/writers.py`).
@@ -44,10 +50,11 @@ def curate_to(
     source: a path, or options of a corpus (`CorpusSpec`); they win over the recipe's `corpus`.
     Dropped rows, each with its reason, go to `<target stem>.dropped.parquet` beside it.
     engine, ray: who does the row-wise work, see `open_engine`; the files are the same to the byte.
-    Returns counts by part and reason, and up to ten ids of dropped documents for each reason,
-    chosen by a hash.
-    Raises BadInput when the recipe has no data parts, a file is there already, or the engine
-    cannot be had.
+    allow_empty: data parts may drop every document; the target is then an empty corpus.
+    Returns counts by part and reason, up to ten ids of dropped documents for each reason, chosen
+    by a hash, and the files that were written: where nothing was dropped, there is none of that.
+    Raises BadInput when the recipe has no data parts, a file is there already, nothing is kept
+    and that was not allowed, or the engine cannot be had.
     """
     listed = recipe.get("data")
     if not isinstance(listed, Sequence) or isinstance(listed, str) or not listed:
@@ -56,18 +63,53 @@ def curate_to(
         )
     stem = target.name.removesuffix(ending_of(target))
     dropped = target.with_name(f"{stem}.dropped.parquet")
-    for path in (target, dropped):
-        if path.exists():
-            raise BadInput("there is a file of that name", where=path, mend="name another")
+    _check_free(target, dropped)
     spec = _corpus(recipe, where, source)
     steps = parse_data(listed, where=where)
+    atomic.check_writable(target)
     ctx = Ctx(torch.device("cpu"), 0, cache, Ledger())
     with open_engine(engine, ray, shared=cache) as running:
-        result = curate(spec, steps, cache=cache, ctx=ctx, engine=running, progress=tell)
+        result = curate(
+            spec,
+            steps,
+            cache=cache,
+            ctx=ctx,
+            engine=running,
+            progress=tell,
+            allow_empty=allow_empty,
+        )
     examples = _Examples()
-    write_documents(dropped, examples.passing(result.dropped()))
-    write_documents(target, result.documents())
-    return {**result.card, "examples": examples.found(), "files": [str(target), str(dropped)]}
+    # Both are written before either gets its name, and the target is named last: whoever sees it
+    # sees a whole result, and a kill leaves at most a dropped file alone.
+    with atomic.new_file(target) as kept, atomic.new_file(dropped) as rest:
+        write_documents(dropped, rest, examples.passing(result.dropped()))
+        # A batch without rows stands for an empty corpus, which was asked for.
+        nothing = pa.RecordBatch.from_pylist([], schema=SCHEMA)
+        end = [] if result.card["kept"]["documents"] else [nothing]
+        write_documents(target, kept, chain(result.documents(), end))
+        dropped.unlink(missing_ok=True)
+    files = [str(path) for path in (target, dropped) if path.exists()]
+    return {**result.card, "examples": examples.found(), "files": files}
+
+
+def _check_free(target: Path, dropped: Path) -> None:
+    """Raise BadInput for a file that is there already, unless a killed `curate` left it."""
+    if target.exists() or (dropped.exists() and not _is_dropped_file(dropped)):
+        there = target if target.exists() else dropped
+        raise BadInput("there is a file of that name", where=there, mend="name another")
+    if dropped.exists():
+        log.warning(
+            "%s was left by a curation that did not finish (there is no %s); it is written again",
+            *(dropped, target.name),
+        )
+
+
+def _is_dropped_file(path: Path) -> bool:
+    """Whether this is a file of dropped rows, and no other file of that name."""
+    try:
+        return {"id", "why"} <= set(pq.read_schema(path).names)
+    except (OSError, pa.ArrowException, ValueError):
+        return False
 
 
 def _corpus(recipe: Mapping[str, Any], where: Path, source: str | Mapping[str, Any]) -> CorpusSpec:

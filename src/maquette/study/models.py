@@ -4,10 +4,12 @@ run folder/
   model/            a plain Hugging Face directory, surgery merged, with the tokenizer
   state/final/      raw weights of model and extra modules, as trained
   state/surgery-0/  what a surgery learnt, replayed on every load
+Each has its checksums, and is compared with them before it is used (`study.damage`).
 """
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +25,7 @@ from maquette.data.tokenizers import load as load_tokenizer
 from maquette.errors import BadInput
 from maquette.parts import Ctx, Head, State, Subject
 from maquette.recipe import Stage
+from maquette.study.damage import Damaged, check_raw, mend_plain, plain_flaw, rebuild
 from maquette.training import checkpoint
 from maquette.training.attention import use_fast_attention
 from maquette.training.ensemble import LogitMean, soup
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
 
     from maquette.data.corpus import Corpus
     from maquette.study.execute import Trained
+
+log = logging.getLogger(__name__)
 
 
 def head_of(stage: Stage) -> Head:
@@ -80,6 +85,7 @@ def _start(stage: Stage, corpus: Corpus, ctx: Ctx, parents: Sequence[Path]) -> P
                 mend="start from a stage without that surgery; an ensemble can be read, as a "
                 "teacher is",
             )
+        mend_plain(folder, deep=True)
     tokenizers = {content_digest(load_tokenizer(folder / "model")) for folder in parents}
     if len(tokenizers) > 1:
         raise BadInput(
@@ -132,17 +138,20 @@ def save_final(
         with atomic.new_dir(folder / "model") as place, checkpoint.storing(place):
             merged.save_pretrained(place)
             ctx.tokenizer.save_pretrained(place)  # type: ignore[union-attr]
+            atomic.write_checksums(place)
     for pattern in ("step-*", f"{checkpoint.DAMAGED}*"):
         for done in state.glob(pattern):
             shutil.rmtree(done, ignore_errors=True)
 
 
 def load_subject(trained: Trained) -> Subject:
-    """The trained modules of a finished stage, frozen, on the device it was trained on."""
+    """The trained modules of a finished stage, frozen, on the device it was trained on.
+
+    Raises Damaged when the weights of the stage are not what was stored.
+    """
     stage, folder, ctx = trained.stage, trained.folder, trained.ctx
     final = folder / "state" / "final"
-    atomic.recover_dir(final)
-    atomic.verify_checksums(final)
+    check_raw(folder)
     # The weights are about to be replaced; of the parents' models only the shapes matter.
     model = build(stage, trained.corpus, ctx, folder, trained.parents)
     torch.manual_seed(stream_seed(ctx.seed, "init", 1) % 2**63)
@@ -155,7 +164,11 @@ def load_subject(trained: Trained) -> Subject:
 
 
 def export(folder: Path, target: Path) -> None:
-    """Copy a run's plain Hugging Face directory to `target`, which must not hold anything yet."""
+    """Copy a run's plain Hugging Face directory to `target`, which must not hold anything yet.
+
+    Weights that changed since they were stored are made again from the raw ones, with a warning;
+    the run's folder stays as it is. Raises Damaged where they cannot be.
+    """
     source = folder / "model"
     if not source.is_dir():
         raise BadInput(
@@ -167,3 +180,13 @@ def export(folder: Path, target: Path) -> None:
         raise BadInput("the target is not empty", where=target, mend="name a new folder")
     with atomic.new_dir(target) as place, atomic.explained(target):
         shutil.copytree(source, place, dirs_exist_ok=True)
+        if why := plain_flaw(place, deep=True):
+            why = why.replace(place.name, source.name)
+            if not rebuild(folder, place):
+                raise Damaged.of(folder, why)
+            log.warning(
+                "run %s is damaged: %s; exported from state/final instead (`maquette store "
+                "repair` mends the run itself)",
+                *(folder, why),
+            )
+        (place / atomic.CHECKSUMS).unlink(missing_ok=True)
