@@ -8,11 +8,13 @@ import logging
 import re
 import socket
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from maquette.errors import BadInput
+
+Answer = TypeVar("Answer")
 
 LOCAL = "local"
 ANSWER_SECONDS = 10.0
@@ -109,7 +111,7 @@ def check_nodes(packages: Sequence[str], shared: Path, key: str) -> int:
     token = shared / f"seen-by-all-{uuid.uuid4().hex}"
     token.touch()
     try:
-        for node, theirs, sees in _ask_every_node(list(packages), str(token)):
+        for node, (theirs, sees) in _facts_of_nodes(list(packages), str(token)):
             check_node(node, theirs, sees, ours=ours, shared=shared, key=key)
     finally:
         token.unlink()
@@ -123,10 +125,10 @@ def _version(package: str) -> str:
         return ""
 
 
-def _ask_every_node(packages: list[str], token: str) -> Iterator[tuple[str, dict[str, str], bool]]:
-    """(address, versions by package, sees the file `token`) of every node with a processor."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+def _facts_of_nodes(
+    packages: list[str], token: str
+) -> list[tuple[str, tuple[dict[str, str], bool]]]:
+    """(address, (versions by package, sees the file `token`)) of every node with a processor."""
 
     def facts() -> tuple[dict[str, str], bool]:
         # Defined in here, so that it travels by value: a node may not have Maquette at all.
@@ -141,15 +143,22 @@ def _ask_every_node(packages: list[str], token: str) -> Iterator[tuple[str, dict
                 versions[package] = ""
         return versions, pathlib.Path(token).is_file()
 
-    ask = ray.remote(facts)
+    return ask_every_node(facts)
+
+
+def ask_every_node(question: Callable[[], Answer]) -> list[tuple[str, Answer]]:
+    """(address, answer) of every node with a processor, in the joined cluster."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    ask: Any = ray.remote(question)
     asked: list[tuple[str, Any]] = []
     for node in ray.nodes():
         if node["Alive"] and node["Resources"].get("CPU", 0) > 0:
             here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             answer = ask.options(num_cpus=0, scheduling_strategy=here).remote()
             asked.append((node["NodeManagerAddress"], answer))
-    for address, answer in asked:
-        yield (address, *ray.get(answer))
+    return [(address, ray.get(answer)) for address, answer in asked]
 
 
 def check_node(

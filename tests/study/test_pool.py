@@ -1,15 +1,17 @@
-"""The line of jobs before several workers: what is put off, in which order, and who waits."""
+"""Several workers: what is put off, in which order, who waits, and what a worker's death costs."""
 
+import logging
 import multiprocessing
 import os
+import signal
 from dataclasses import replace
 
 import pytest
 
-from maquette.conformance.world import OPTIONS
+from maquette.conformance.world import OPTIONS, Run
 from maquette.recipe import parse_recipe
 from maquette.study.execute import Busy, Options, execute
-from maquette.study.pool import Job, Line
+from maquette.study.pool import Deaths, Job, Line, Place, Task, run_tasks
 from maquette.study.store import Store
 
 
@@ -89,3 +91,91 @@ def test_a_stage_that_another_process_is_at_is_not_waited_for(world, tmp_path):
         let_go.set()
         other.join()
     assert execute(recipe, 0, store, unwilling) == digest
+
+
+# --- workers that die ----------------------------------------------------------------------------
+
+
+def task(world, arm, steps, seed=0):
+    recipe = {
+        "workload": world.workload("text/causal"),
+        "size": "nano",
+        "objective": "causal-lm",
+        "budget": f"{steps}step",
+        "evaluate": [{"type": "bits-per-byte", "max_tokens": 2000}],
+    }
+    return Task(arm, seed, parse_recipe(recipe))
+
+
+class Killer:
+    """Kills whoever holds a claim of the arm when it tells of a step, as often as wished."""
+
+    def __init__(self, store, arm, times):
+        self.store, self.arm, self.times, self.killed = store, arm, times, []
+
+    def __call__(self, task, progress):
+        if task.arm != self.arm or len(self.killed) == self.times:
+            return
+        with self.store.index.connection(write=False) as db:
+            claims = "SELECT pid FROM claims JOIN runs USING (digest) WHERE arm LIKE ? || '/%'"
+            held = db.execute(claims, (self.arm,)).fetchone()
+        if held and held["pid"] not in self.killed:
+            self.killed.append(held["pid"])
+            os.kill(held["pid"], signal.SIGKILL)
+
+
+def weights(store, done):
+    return Run(done.digest, done.task.recipe, store, done.task.seed).weights()
+
+
+def test_a_study_goes_on_when_a_worker_is_killed_and_ends_with_the_same_bits(
+    world, tmp_path, caplog
+):
+    options = replace(OPTIONS, threads=1)
+    options = replace(options, settings=replace(options.settings, checkpoint_seconds=0.0))
+    tasks = [task(world, "hit", 40), task(world, "spared", 8, seed=1)]
+    alone, store = (Store(made_home(world, tmp_path / name)) for name in ("alone", "spread"))
+    right = run_tasks(tasks, alone, options, Place(1), lambda *_: None, lambda _: None)
+    killer, said = Killer(store, "hit", 1), []
+    with caplog.at_level(logging.WARNING):
+        ended = run_tasks(tasks, store, options, Place(2), killer, said.append)
+    [pid] = killer.killed
+    assert f"hit, seed 0: its worker died (process {pid}, killed by SIGKILL)" in caplog.text
+    assert "spared" not in caplog.text
+    assert ended == right
+    assert len(said) == 2
+    for done in ended:
+        assert weights(store, done) == weights(alone, done)
+        assert store.items(done.digest) == alone.items(done.digest)
+    assert not multiprocessing.active_children()
+
+
+def test_a_run_that_kills_its_workers_fails_alone(world, tmp_path, caplog):
+    store = Store(made_home(world, tmp_path / "store"))
+    tasks = [task(world, "poison", 100_000), task(world, "sound", 8)]
+    killer = Killer(store, "poison", 99)
+    poison, sound = run_tasks(tasks, store, OPTIONS, Place(2), killer, lambda _: None)
+    assert len(killer.killed) == 3
+    assert poison.digest is None
+    assert "3 workers died at it and it got no further" in poison.failure
+    assert "mend: " in poison.failure
+    assert store.run(sound.digest).status == "done"
+    [failed] = store.list_runs(status="failed")
+    assert failed.arm == "poison/train"
+    assert "3 workers died" in failed.reason
+    assert caplog.text.count("poison, seed 0: its worker died") == 3
+    assert not store.list_runs(status="running")
+    assert not multiprocessing.active_children()
+
+
+def test_deaths_count_from_where_a_run_last_got_further(tmp_path):
+    deaths = Deaths([Task("arm", 0, None)], Store(tmp_path))
+    lives = [(0, 1), (0, 1), (0, 5), (0, 5), (1, 1), None]
+    for start in lives:
+        if start is not None:
+            deaths.heard(0, start)
+            deaths.heard(0, (start[0], start[1] + 90))  # not saved
+        assert deaths.another(0, "killed") is None
+    digest, reason = deaths.another(0, "killed")
+    assert digest is None
+    assert "3 workers died" in reason

@@ -18,7 +18,11 @@ from maquette import cluster
 from maquette.cli.base import place_of
 from maquette.conformance.world import OPTIONS
 from maquette.errors import BadInput
+from maquette.study import filesystem, ray_pool
 from maquette.study.compare import compare
+from maquette.study.forecast_ladder import forecast_study
+from maquette.study.ladder import parse_ladder
+from maquette.study.noise import measure_noise
 from maquette.study.pool import Place
 from maquette.study.ray_pool import run_on_cluster
 from maquette.study.store import Store
@@ -106,14 +110,100 @@ def _kill_a_worker(home, driver):
     return None
 
 
-def test_a_cluster_that_is_not_there_is_refused_at_once(world, tmp_path):
+@pytest.fixture
+def nowhere():
+    """An address at which nothing listens."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+        yield f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def test_a_cluster_that_is_not_there_is_refused_at_once(nowhere, tmp_path):
     with pytest.raises(BadInput, match="no Ray cluster answered") as caught:
-        run_on_cluster([], Store(tmp_path), OPTIONS, address, None, None)
+        run_on_cluster([], Store(tmp_path), OPTIONS, nowhere, None, None)
     assert caught.value.key == "--on"
     assert "ray status" in caught.value.mend
+
+
+@pytest.mark.parametrize("verb", ["compare", "forecast", "noise"])
+def test_a_cluster_is_asked_before_a_corpus_is_prepared_or_a_study_is_written(
+    world, nowhere, verb, tmp_path
+):
+    study, store, place = parse_study(data(world), name="x"), Store(tmp_path), Place(ray=nowhere)
+    with pytest.raises(BadInput, match="no Ray cluster answered"):
+        if verb == "compare":
+            compare(study, store, OPTIONS, place=place)
+        elif verb == "noise":
+            measure_noise(study.arms["slow"], store, OPTIONS, seeds=3, place=place)
+        else:
+            rule = {"sizes": "nano,1m,3m,10m", "budget": "1tok/param", "target": "30m"}
+            ladder = parse_ladder(rule, where="x")
+            forecast_study(study, ladder, store, OPTIONS, place=place)
+    assert store.list_studies() == []
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_several_nodes_may_not_write_to_a_store_without_locks(nodes, monkeypatch, tmp_path):
+    table = tmp_path / "mounts"
+    table.write_text(f"server:/x {tmp_path} nfs4 rw,nolock 0 0\n")
+    monkeypatch.setattr(filesystem, "MOUNTS", table)
+    monkeypatch.setattr(
+        cluster, "ask_every_node", lambda ask: [(f"10.0.0.{n}", ask()) for n in range(nodes)]
+    )
+    if nodes == 1:
+        ray_pool._check_locks(tmp_path)
+        return
+    with pytest.raises(BadInput, match=r"without locks between machines \(nolock\)") as caught:
+        ray_pool._check_locks(tmp_path)
+    assert "10.0.0.0" in str(caught.value)
+    assert caught.value.key == "--on"
+    assert "MAQUETTE_HOME" in caught.value.mend
+
+
+@pytest.mark.slow
+def test_a_run_that_kills_its_workers_fails_alone_and_each_death_is_said(world, tmp_path):
+    path = tmp_path / "poisoned.yaml"
+    path.write_text(yaml.safe_dump({"recipe": data(world), "home": str(tmp_path / "home")}))
+    home_of(world, tmp_path / "home")
+    program = [sys.executable, "-c", POISONED, str(path)]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    poison, sound = json.loads(done.stdout)
+    assert poison["digest"] is None
+    assert "3 workers died at it and it got no further" in poison["failure"]
+    assert sound["failure"] is None
+    assert done.stderr.count("poison, seed 0: its worker died") == 3
+
+
+POISONED = """
+import json, os, signal, sys, yaml
+from maquette.conformance.world import OPTIONS
+from maquette.recipe import parse_recipe
+from maquette.study.pool import Place, Task, run_tasks
+from maquette.study.store import Store
+
+given = yaml.safe_load(open(sys.argv[1]))
+keys = ("workload", "size", "objective", "evaluate")
+recipe = {key: given["recipe"][key] for key in keys}
+tasks = [
+    Task("poison", 0, parse_recipe(recipe | {"budget": "100000step"})),
+    Task("sound", 0, parse_recipe(recipe | {"budget": "8step"})),
+]
+store, killed = Store(given["home"]), set()
+
+def kill(task, progress):
+    with store.index.connection(write=False) as db:
+        claims = "SELECT pid FROM claims JOIN runs USING (digest) WHERE arm LIKE 'poison/%'"
+        held = db.execute(claims).fetchone()
+    if task.arm == "poison" and held and held["pid"] not in killed:
+        killed.add(held["pid"])
+        os.kill(held["pid"], signal.SIGKILL)
+
+ended = run_tasks(tasks, store, OPTIONS, Place(ray="local"), kill, lambda done: None)
+print(json.dumps([{"digest": d.digest, "failure": d.failure} for d in ended]))
+"""
 
 
 def test_a_cluster_that_stays_silent_is_given_up(tmp_path, monkeypatch):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
+import re
 import shutil
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +19,11 @@ from maquette.errors import BadInput, MaquetteError
 from maquette.evaluation.items import SCHEMA, checked, means
 from maquette.flow import Ctx, FinishedStage
 from maquette.recipe import Recipe, Stage, digest, stage_digest
+from maquette.registry import packages_of
+from maquette.study.claiming import Busy as Busy
+from maquette.study.claiming import claimed
+from maquette.study.damage import mending, told_again
+from maquette.study.machine import machine_facts
 from maquette.study.store import Store
 from maquette.training import checkpoint
 from maquette.training.distributed import ALONE, Team
@@ -34,7 +37,6 @@ if TYPE_CHECKING:
     from maquette.data.corpus import Corpus
 
 log = logging.getLogger(__name__)
-HEARTBEAT_SECONDS = 30.0
 HELD_OUT = "held_out"
 OnStep = Callable[[str, Progress], None]
 
@@ -53,10 +55,6 @@ class Options:
     settings: Settings = field(default_factory=Settings)
     team: Team = ALONE
     wait: bool = True
-
-
-class Busy(Exception):
-    """Another process is computing the run of this digest."""
 
 
 @dataclass(frozen=True)
@@ -87,14 +85,29 @@ class Trained:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` takes CUDA, then Apple's MPS, then the CPU."""
+    """`auto` takes CUDA, then Apple's MPS, then the CPU.
+
+    Raises BadInput for a name that is no device, and for one this machine does not have.
+    """
     import torch
 
-    if name != "auto":
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    there = {"cuda": n_gpus, "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    if name == "auto":
+        return torch.device(next(kind for kind, count in there.items() if count))
+    match = re.fullmatch(r"(cpu|cuda|mps)(?::(\d+))?", name, re.ASCII)
+    if match is None:
+        raise BadInput(
+            f"`{name}` is no device", key="--device", mend="auto, cpu, cuda, cuda:1, mps"
+        )
+    if int(match[2] or 0) >= there[match[1]]:
+        have = ", ".join(kind for kind, count in there.items() if count)
+        raise BadInput(
+            f"there is no `{name}` here: torch {torch.__version__} sees {n_gpus} GPUs",
+            key="--device",
+            mend=f"--device auto, or one of {have}",
+        )
+    return torch.device(name)
 
 
 def make_ctx(stage: Stage, seed: int, store: Store, device: torch.device) -> Ctx:
@@ -124,24 +137,45 @@ def execute(
     """Run what is not yet in the store; returns the digest of the run, whose items are there.
 
     part: of the corpus, on which the model is evaluated.
+    A finished run or stage whose files turn out damaged is computed again, with a warning.
     All ranks of `options.team` call this alike: they train together, and the lead alone plans,
     writes and evaluates.
     Raises RunFailed when training fails; what was stored before stays.
     """
     import torch
 
-    team = options.team
     if options.threads:
         torch.set_num_threads(options.threads)
-    done = train_stages(recipe, seed, store, options, arm=arm, on_step=on_step)
+    check_ranks(recipe, options.team)
+
+    def work() -> str:
+        done = _train_all(recipe, seed, store, options, arm, on_step)
+        return _evaluated(recipe, seed, store, options, done, arm, study, part)
+
+    return mending(store, options.team, work)
+
+
+def _evaluated(
+    recipe: Recipe,
+    seed: int,
+    store: Store,
+    options: Options,
+    done: Mapping[str, Trained],
+    arm: str,
+    study: str | None,
+    part: str,
+) -> str:
+    """The digest of the run of these stages, evaluated now or found in the store."""
+    team = options.team
     last = done[recipe.last.name]
     specs = [audit.spec() for audit in recipe.evaluate]
     read = {name: done[name].digest for audit in recipe.evaluate for name in audit.reads()}
     scored_on = [] if part == HELD_OUT else [part]
     name = digest("run", last.digest, specs, read, *scored_on)
-    text = yaml.safe_dump({**recipe.spec(), "seed": seed}, sort_keys=False)
+    packages = packages_of(recipe.parts)
+    text = yaml.safe_dump({**recipe.spec(), "seed": seed, **packages}, sort_keys=False)
     team.lead(lambda: store.plan(name, arm=arm, seed=seed, recipe_yaml=text, study=study))
-    with _claimed(store, name, options) as mine:
+    with claimed(store, name, team, wait=options.wait) as mine:
         if mine:
             team.lead(lambda: _evaluate(recipe, seed, store, done, name, part))
     return name
@@ -158,6 +192,14 @@ def train_stages(
 ) -> dict[str, Trained]:
     """Every stage of a recipe, trained now or found in the store; by name, in order."""
     check_ranks(recipe, options.team)
+    return mending(
+        store, options.team, lambda: _train_all(recipe, seed, store, options, arm, on_step)
+    )
+
+
+def _train_all(
+    recipe: Recipe, seed: int, store: Store, options: Options, arm: str, on_step: OnStep
+) -> dict[str, Trained]:
     done: dict[str, Trained] = {}
     for stage in recipe.stages:
         done[stage.name] = _train_stage(stage, done, seed, store, options, arm, on_step)
@@ -192,13 +234,12 @@ def _train_stage(
     started, read = [p.digest for p in init], {n: s.digest for n, s in ctx.stages.items()}
     name = stage_digest(stage, corpus.digest, seed, started, read)
     folder = store.run_dir(name)
-    text = yaml.safe_dump(
-        {**stage.spec(), "seed": seed, "parents": started, "read": read}, sort_keys=False
-    )
+    known = {"seed": seed, "parents": started, "read": read, **packages_of(stage.parts)}
+    text = yaml.safe_dump({**stage.spec(), **known}, sort_keys=False)
     arm = f"{arm}/{stage.name}" if arm else stage.name
     team.lead(lambda: store.plan(name, arm=arm, seed=seed, recipe_yaml=text))
     _check_shared(folder, team)
-    with _claimed(store, name, options) as mine:
+    with claimed(store, name, team, wait=options.wait) as mine:
         if mine:
             team.lead(lambda: _forget_unbilled(folder))
             model = team.lead_first(lambda: build(stage, corpus, ctx, folder, parents))
@@ -231,9 +272,14 @@ def _keep(outcome: Outcome, stage: Stage, ctx: Ctx, store: Store, name: str) -> 
         ledger=ctx.ledger.as_dict()["causes"],
         metrics={
             "steps": outcome.steps,
-            "warnings": {**ctx.corpus.card["warnings"], **outcome.warnings},  # type: ignore[union-attr]
+            "warnings": {
+                **ctx.corpus.card["warnings"],  # type: ignore[union-attr]
+                **outcome.warnings,
+                **told_again(store, name),
+            },
             "peak_memory": ctx.ledger.peak_memory,
             **({"refreshes": outcome.refreshes} if outcome.refreshes else {}),
+            **({"diagnostics": outcome.diagnostics} if outcome.diagnostics else {}),
         },
         machine=machine_facts(ctx.device, ctx.team),
     )
@@ -308,6 +354,7 @@ def _evaluate(
     warnings: dict[str, str] = {}
     for trained in done.values():
         warnings |= store.run(trained.digest).metrics.get("warnings", {})
+    warnings |= told_again(store, name)
     items = pa.concat_tables([SCHEMA.empty_table(), *tables], promote_options="default")
     store.finish(
         name,
@@ -337,82 +384,7 @@ def evaluation_ctx(last: Trained, seed: int, done: Mapping[str, Trained]) -> Ctx
     return replace(last.ctx, seed=seed, stages=stages, ledger=Ledger(), team=ALONE)
 
 
-@contextlib.contextmanager
-def _claimed(store: Store, name: str, options: Options) -> Iterator[bool]:
-    """True when this launch must compute the run; waits while another one does, or raises Busy.
-
-    A failure inside is recorded with its reason before it goes on up.
-    """
-    team = options.team
-    mine = team.lead(lambda: _claim(store, name, options.wait))
-    if not (mine and team.is_lead):
-        yield mine
-        return
-    ended = threading.Event()
-    beat = threading.Thread(target=_beat, args=(store, name, ended), daemon=True)
-    beat.start()
-    try:
-        yield True
-    except MaquetteError as error:
-        store.fail(name, str(error))
-        raise
-    except Exception as error:
-        store.fail(name, f"{type(error).__name__}: {error}")
-        raise
-    finally:
-        ended.set()
-        beat.join()
-
-
-def _claim(store: Store, name: str, wait: bool) -> bool:
-    """True once the claim is this process's; False when another one has finished the run."""
-    owner = f"thread-{threading.get_ident()}"
-    while not store.claim(name, owner):
-        if store.run(name).status == "done":
-            return False
-        if not wait:
-            raise Busy(name)
-        time.sleep(1.0)
-    return True
-
-
-def _beat(store: Store, name: str, ended: threading.Event) -> None:
-    while not ended.wait(HEARTBEAT_SECONDS):
-        with contextlib.suppress(MaquetteError):
-            store.heartbeat(name)
-
-
 def choose_precision_for(options: Options, device: torch.device) -> Any:
     from maquette.training.precision import choose_precision
 
     return choose_precision(device, options.precision)
-
-
-def machine_facts(device: torch.device, team: Team = ALONE) -> dict[str, Any]:
-    """What a reader needs to know about where a figure comes from."""
-    import os
-    import platform
-
-    import torch
-
-    import maquette
-
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(x for x in lines if x.startswith("model name")).split(":")[1].strip()
-    facts = {
-        "system": f"{platform.system()} {platform.release()}",
-        "processor": name,
-        "cores": os.cpu_count(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "maquette": maquette.__version__,
-    }
-    return facts if team.alone else {**facts, "processes": team.size}
-
-
-def read_json(path: Path) -> Any:
-    with atomic.explained(path):
-        return json.loads(path.read_text())

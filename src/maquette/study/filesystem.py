@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 MOUNTS = Path("/proc/self/mounts")
-NETWORK = {
-    *("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ncpfs", "vboxsf", "davfs", "fuse"),
-    *("fuse.sshfs", "fuse.rclone", "fuse.s3fs", "fuse.gcsfuse", "fuse.glusterfs", "fuse.davfs2"),
+LOCKS_STAY_HOME = {
+    *("fuse.sshfs", "fuse.rclone", "fuse.s3fs", "fuse.gcsfuse", "fuse.goofys", "fuse.blobfuse"),
+    *("fuse.blobfuse2", "fuse.davfs2", "davfs", "fuse.vmhgfs-fuse", "vboxsf", "prl_fs", "pvfs2"),
 }
-"""Types, as the system lists them, on which machines cannot share the memory SQLite needs."""
-UNLOCKED = {"nolock", "local_lock=all", "local_lock=posix", "nobrl"}
-"""Mount options under which locks of files hold on one machine only."""
+"""Types, as the system lists them, that never tell other machines of a lock."""
+NETWORK = LOCKS_STAY_HOME | {
+    *("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ncpfs", "coda", "virtiofs", "fuse"),
+    *("lustre", "gpfs", "mmfs", "beegfs", "beegfs_nodev", "ceph", "panfs", "wekafs", "orangefs"),
+    *("glusterfs", "ocfs2", "gfs2", "fuse.glusterfs", "fuse.ceph", "fuse.ceph-fuse"),
+    *("fuse.juicefs", "fuse.seaweedfs", "fuse.moosefs", "fuse.mfs", "fuse.lizardfs"),
+    *("fuse.curvefs", "fuse.alluxio-fuse", "fuse.daos", "fuse.dfuse", "fuse.objectivefs"),
+}
+"""Types on which machines cannot share the memory that SQLite's write-ahead log needs."""
+UNLOCKED = {
+    *("nolock", "local_lock=all", "local_lock=posix", "nobrl", "noflock", "localflock"),
+    "no_posix_lock",
+}
+"""Mount options under which locks of files hold on one machine only, or nowhere."""
+NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
+"""What the system answers to a lock on a file system that has none."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +45,18 @@ class Mount:
         return self.kind in NETWORK
 
 
-def mount_of(path: Path, table: Path = MOUNTS) -> Mount | None:
-    """The mount that `path` lies on; None where the system has no table of mounts."""
+def mount_of(path: Path, table: Path | None = None) -> Mount | None:
+    """The mount that `path` lies on; None where the system has no table of mounts.
+
+    table: another one than the system's.
+    """
     try:
-        lines = table.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        text = (table or MOUNTS).read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:
         return None
     target = path.resolve()
     found: Mount | None = None
-    for line in lines:
+    for line in text.splitlines():
         fields = line.split(" ")
         if len(fields) < 4:
             continue
@@ -54,16 +73,59 @@ def _unescaped(field: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), field)
 
 
-def sharing_warning(home: Path, table: Path = MOUNTS) -> str | None:
-    """A sentence for a store that several machines must not write to at once, else None."""
-    mount = mount_of(home, table)
+def is_network(path: Path) -> bool:
+    """Whether `path` is known to lie on a file system that machines share."""
+    mount = mount_of(path)
+    return mount is not None and mount.is_network
+
+
+def why_unlocked(path: Path) -> str | None:
+    """Why no lock on files in the folder `path` holds between machines; None if none is known.
+
+    One machine alone cannot prove that locks hold elsewhere: None is no promise.
+    """
+    mount = mount_of(path)
     if mount is None or not mount.is_network:
         return None
-    off = sorted(mount.options & UNLOCKED)
-    locks = f" and is mounted without locks between machines ({', '.join(off)})" if off else ""
+    if off := sorted(mount.options & UNLOCKED):
+        return f"it is mounted without locks between machines ({', '.join(off)})"
+    if mount.kind in LOCKS_STAY_HOME:
+        return f"{mount.kind} does not pass locks on to other machines"
+    return None if takes_locks(path) else f"{mount.kind} refuses locks on files as it is mounted"
+
+
+def takes_locks(folder: Path) -> bool:
+    """Whether a file in `folder` can be locked at all, as SQLite locks its own; tried on one.
+
+    True also where it cannot be tried: no right to write, no POSIX locks on this system.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno not in NO_LOCKS
+    return True
+
+
+def sharing_warning(home: Path) -> str | None:
+    """A sentence for a store on a file system that machines share, else None."""
+    mount = mount_of(home)
+    if mount is None or not mount.is_network:
+        return None
+    said = f"{home}: the store lies on a network file system ({mount.kind} at {mount.point})"
+    if why := why_unlocked(home):
+        return (
+            f"{said}, and {why}; its index is safe for one machine at a time\n"
+            "  mend: run on one machine at a time, mount it with locks, or give every machine a "
+            "local store of its own (MAQUETTE_HOME or --home)"
+        )
     return (
-        f"{home}: the store lies on a network file system ({mount.kind} at {mount.point}){locks}; "
-        "its index is safe for one machine at a time\n"
-        "  mend: run on one machine at a time, or give every machine a local store of its own "
-        "(MAQUETTE_HOME or --home)"
+        f"{said}; several machines may write to it as long as the locks of files hold between "
+        "them, which cannot be told from here\n"
+        "  mend: leave the locks of the mount on everywhere, or give every machine a local store "
+        "of its own (MAQUETTE_HOME or --home)"
     )

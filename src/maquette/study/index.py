@@ -1,7 +1,8 @@
-"""The SQLite index of a store: opened in WAL mode, checked, explained when it cannot be used.
+"""The SQLite index of a store: opened, checked, explained when it cannot be used.
 
-WAL needs a file system with shared memory, so processes of different machines must not write to
-one index over a network file system at the same time.
+On a local disk it keeps a write-ahead log (WAL), which needs memory that all its processes share.
+Machines that share a network file system have none, so there it keeps a rollback journal, which
+needs nothing but locks on files.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from maquette import atomic
 from maquette.errors import BadInput, RunFailed
+from maquette.study import filesystem
 
 SCHEMA_VERSION = 1
 BUSY_SECONDS = 30.0
@@ -37,6 +39,10 @@ CREATE TABLE claims (
     digest TEXT PRIMARY KEY, owner TEXT NOT NULL, place TEXT NOT NULL, pid INTEGER NOT NULL,
     born TEXT NOT NULL, heartbeat REAL NOT NULL);
 """
+FOLDERS = """
+CREATE TABLE IF NOT EXISTS study_folders (study TEXT PRIMARY KEY, folder TEXT NOT NULL)
+"""
+"""Added to format 1 without a new number: an older Maquette goes on with the other tables."""
 
 
 class Index:
@@ -58,7 +64,7 @@ class Index:
                 )
         else:
             with atomic.explained(home):
-                home.mkdir(parents=True, exist_ok=True)
+                _make_folder(home)
                 if not _writable(home, os.W_OK | os.X_OK):
                     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             if self.path.exists() and not _writable(self.path, os.W_OK):
@@ -87,6 +93,17 @@ class Index:
                     mend=f"`maquette store repair --home {self.home}` fills it from the folders",
                 )
             self._create()
+            return
+        self._share()
+        if not self.read_only and not self.has_folders():
+            with self.connection(write=True) as db:
+                db.execute(FOLDERS)
+
+    def has_folders(self) -> bool:
+        """Whether the index says where studies were asked; one of an older Maquette does not."""
+        find = "SELECT 1 FROM sqlite_master WHERE name='study_folders'"
+        with self.connection(write=False) as db:
+            return db.execute(find).fetchone() is not None
 
     def is_damaged(self) -> bool:
         """Whether SQLite's full check finds a fault; a newer format is an error of its own."""
@@ -115,8 +132,8 @@ class Index:
         while (aside := self.path.with_name(f"{NAME}.damaged-{number}")).exists():
             number += 1
         with atomic.explained(self.path):
-            # The log first: a fresh index must never find the log of the old one.
-            for ending in ("-wal", "-shm", ""):
+            # The logs first: a fresh index must never find one of the old index.
+            for ending in ("-wal", "-shm", "-journal", ""):
                 file = self.path.with_name(NAME + ending)
                 if file.exists():
                     file.rename(aside.with_name(aside.name + ending))
@@ -124,22 +141,34 @@ class Index:
         return aside
 
     def _create(self) -> None:
-        self._write_ahead()
+        self._set_journal("delete" if filesystem.is_network(self.home) else "wal")
         with self.connection(write=True) as db:
             if int(db.execute("PRAGMA user_version").fetchone()[0]) == 0:
-                for statement in SCHEMA.split(";"):
+                for statement in (*SCHEMA.split(";"), FOLDERS):
                     if statement.strip():
                         db.execute(statement)
                 self._fill(db)
                 db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
 
-    def _write_ahead(self) -> None:
-        """Switch the index to WAL; two processes that switch at once do not wait by themselves."""
+    def _share(self) -> None:
+        """Have an index that was made with a write-ahead log keep a journal on a network.
+
+        Never the other way round: the machine whose disk it is sees no network under it.
+        """
+        if self.read_only or not filesystem.is_network(self.home):
+            return
+        with self.connection(write=False) as db:
+            mode = str(db.execute("PRAGMA journal_mode").fetchone()[0])
+        if mode == "wal":
+            self._set_journal("delete")
+
+    def _set_journal(self, mode: str) -> None:
+        """Switch the journal; two processes that switch at once do not wait by themselves."""
         deadline = time.monotonic() + BUSY_SECONDS
         while True:
             try:
                 with contextlib.closing(self._open()) as db:
-                    db.execute("PRAGMA journal_mode=WAL")
+                    db.execute(f"PRAGMA journal_mode={mode}")
                 return
             except sqlite3.OperationalError as error:
                 if "locked" not in str(error) or time.monotonic() > deadline:
@@ -195,6 +224,8 @@ class Index:
             mend = "free some disk space, or point MAQUETTE_HOME (--home) to a larger disk"
         elif "locked" in text:
             mend = "another process has held the store for long; end it, or try again"
+        elif why := filesystem.why_unlocked(self.home):
+            mend = f"{why}: mount it with locks, or point MAQUETTE_HOME (--home) to a local disk"
         else:
             mend = "check the disk"
         return RunFailed(f"the index cannot be used ({text})", where=self.path, mend=mend)
@@ -214,6 +245,18 @@ class Index:
             mend="give yourself write permission, or point MAQUETTE_HOME (--home) to a folder of "
             "yours",
         )
+
+
+def _make_folder(home: Path) -> None:
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:  # as `/proc` has it
+        raise BadInput(
+            f"no folder can be made here ({error.strerror})",
+            where=home,
+            key="--home",
+            mend="name a folder of yours by --home or MAQUETTE_HOME",
+        ) from error
 
 
 def _writable(path: Path, mode: int) -> bool:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import functools
+import logging
 import os
-import queue
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass, replace
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from maquette.errors import BadInput, RunFailed
 from maquette.recipe import Recipe, parse_recipe
 from maquette.study.execute import HELD_OUT, Busy, Options, execute
+from maquette.study.located import located
 from maquette.study.store import Store
+from maquette.study.workers import Died, Told, Workers
 from maquette.training.loop import Progress
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,41 +69,56 @@ def run_tasks(
     on_progress: OnProgress,
     on_done: OnDone,
 ) -> list[TaskDone]:
-    """Run all tasks; a RunFailed ends its task only, a BadInput ends them all."""
-    workers = place.workers
+    """Run all tasks; a RunFailed ends its task only, a BadInput ends them all.
+
+    A worker that dies costs no task either: another goes on from the last checkpoint, until
+    `DEATHS` of them have died at a task that got no further.
+    """
     if place.ray is not None:
         from maquette.study.ray_pool import run_on_cluster
 
         return run_on_cluster(tasks, store, options, place.ray, on_progress, on_done)
-    if workers < 1:
-        raise BadInput(f"workers must be >= 1, got {workers}", key="--on", mend="--on local:2")
-    if workers > 1 and not options.team.alone:
+    check_place(place, store, options)
+    if place.workers > 1:
+        return _run_spread(tasks, store, options, place.workers, on_progress, on_done)
+    ended = []
+    for task in tasks:
+        ended.append(_run_here(task, store, options, on_progress))
+        on_done(ended[-1])
+    return ended
+
+
+def check_place(place: Place, store: Store, options: Options) -> None:
+    """Raise BadInput when runs cannot go to `place`: asked before anything is prepared for them."""
+    if place.ray is not None:
+        from maquette.study.ray_pool import check_cluster
+
+        check_cluster(place.ray, store, options)
+    elif place.workers < 1:
         raise BadInput(
-            f"{workers} workers cannot share out runs that {options.team.size} ranks share",
+            f"workers must be >= 1, got {place.workers}", key="--on", mend="--on local:2"
+        )
+    elif place.workers > 1 and not options.team.alone:
+        raise BadInput(
+            f"{place.workers} workers cannot share out runs that {options.team.size} ranks share",
             key="--on",
             mend="--on local:1",
         )
-    if workers == 1:
-        ended = []
-        for task in tasks:
-            ended.append(_run_here(task, store, options, on_progress))
-            on_done(ended[-1])
-        return ended
-    return list(_run_spread(tasks, store, options, workers, on_progress, on_done))
 
 
 def _run_here(task: Task, store: Store, options: Options, on_progress: OnProgress) -> TaskDone:
     try:
-        digest = execute(
-            task.recipe,
-            task.seed,
-            store,
-            options,
-            arm=task.arm,
-            study=task.study,
-            part=task.part,
-            on_step=lambda stage, progress: on_progress(task, progress),
-        )
+        with located(task.recipe, store.home):
+            digest = execute(
+                task.recipe,
+                task.seed,
+                store,
+                options,
+                arm=task.arm,
+                study=task.study,
+                part=task.part,
+                on_step=lambda stage, progress: on_progress(task, progress),
+            )
         return TaskDone(task, digest)
     except RunFailed as error:
         if not (options.team.alone or error.everywhere):
@@ -113,41 +130,43 @@ def _run_spread(
     tasks: Sequence[Task],
     store: Store,
     options: Options,
-    workers: int,
+    size: int,
     on_progress: OnProgress,
     on_done: OnDone,
-) -> Iterator[TaskDone]:
-    # Spawned, not forked: a fork would inherit torch's thread pools in an undefined state.
-    context = multiprocessing.get_context("spawn")
-    threads = options.threads or max(1, (os.cpu_count() or 1) // workers)
-    told = context.Queue()
-    with ProcessPoolExecutor(
-        workers, context, initializer=_start_worker, initargs=(threads, told)
-    ) as pool:
-        line = Line(jobs_of(tasks, store, replace(options, threads=threads)))
-        running: dict[Future[Answer | None], Job] = {}
-        tried = time.monotonic()
-        ended: dict[int, TaskDone] = {}
-        while running or line:
-            while line and len(running) < workers:
-                job = line.next(alone=not running)
+) -> list[TaskDone]:
+    threads = options.threads or max(1, (os.cpu_count() or 1) // size)
+    line = Line(jobs_of(tasks, store, replace(options, threads=threads)))
+    deaths = Deaths(tasks, store)
+    tried = time.monotonic()
+    ended: dict[int, TaskDone] = {}
+    with Workers(size, functools.partial(_start_worker, threads), _work) as workers:
+        while workers.busy or line:
+            while line and workers.busy < size:
+                job = line.next(alone=not workers.busy)
                 if job is None:
                     break
-                running[pool.submit(_work, job)] = job
-            if len(running) < workers and time.monotonic() - tried > TRY_AGAIN_SECONDS:
+                workers.give(job)
+            if workers.busy < size and time.monotonic() - tried > TRY_AGAIN_SECONDS:
                 tried = time.monotonic()
                 line.try_again()
-            finished, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
-            _tell(told, tasks, on_progress)
-            for future in finished:
-                job, answer = running.pop(future), future.result()
-                if answer is None:
+            for job, news in workers.news(timeout=0.2):
+                if isinstance(news, Told):
+                    reached, progress = news.value
+                    deaths.heard(job.index, reached)
+                    on_progress(tasks[job.index], progress)
+                    continue
+                if isinstance(news, Died):
+                    answer = deaths.another(job.index, f"process {news.pid}, {news.how}")
+                    if answer is None:
+                        line.put_back(job)
+                        continue
+                elif (answer := news.value) is None:
                     line.put_off(job)
                     continue
                 line.try_again()
                 ended[job.index] = TaskDone(tasks[job.index], *answer)
                 on_done(ended[job.index])
-    yield from (ended[i] for i in range(len(tasks)))
+    return [ended[i] for i in range(len(tasks))]
 
 
 class Line:
@@ -179,30 +198,75 @@ class Line:
     def put_off(self, job: Job) -> None:
         self._put_off.append(job)
 
+    def put_back(self, job: Job) -> None:
+        """A job whose worker died is the next to try: what it has not saved is all that is lost."""
+        self._ready.appendleft(replace(job, options=replace(job.options, wait=False)))
+
     def try_again(self) -> None:
         """What was put off stands in the line again, in its order."""
         self._ready.extendleft(sorted(self._put_off, key=lambda j: j.index, reverse=True))
         self._put_off = []
 
 
-def _tell(told: Any, tasks: Sequence[Task], on_progress: OnProgress) -> None:
-    while True:
-        try:
-            i, progress = told.get_nowait()
-        except queue.Empty:
+DEATHS = 3
+"""Workers that may die at a task without its getting further, before it counts as failed."""
+
+
+class Deaths:
+    """Counts the workers that died at each task since it last got further, and says each.
+
+    A task has got further when it starts beyond where it started before: what one worker has saved
+    is there for the next. How far one came before it died is not enough, or a task that needs too
+    much memory at every hundredth step, give or take one, would be tried for ever.
+    """
+
+    def __init__(self, tasks: Sequence[Task], store: Store) -> None:
+        self._tasks, self._store = tasks, store
+        self._counts: Counter[int] = Counter()
+        self._starts: dict[int, Reached] = {}
+        self._begun: set[int] = set()
+
+    def heard(self, index: int, reached: Reached) -> None:
+        """News of a task; the first since its worker took it says where it started."""
+        if index in self._begun:
             return
-        on_progress(tasks[i], progress)
+        self._begun.add(index)
+        if index not in self._starts or reached > self._starts[index]:
+            self._starts[index] = reached
+            self._counts[index] = 0
+
+    def another(self, index: int, how: str) -> Answer | None:
+        """Count a death. None when the task is to be tried again, else its failure."""
+        self._begun.discard(index)
+        self._counts[index] += 1
+        task, count = self._tasks[index], self._counts[index]
+        name = f"{task.arm}, seed {task.seed}"
+        if count < DEATHS:
+            log.warning("%s: its worker died (%s); going on from the last checkpoint", name, how)
+            return None
+        log.warning("%s: its worker died (%s); given up", name, how)
+        error = RunFailed(
+            f"{count} workers died at it and it got no further; the last: {how}",
+            mend="look whether its memory suffices (a killed process says nothing itself), then "
+            "give the same command again",
+        )
+        self._bury(task, str(error))
+        return None, str(error)
+
+    def _bury(self, task: Task, reason: str) -> None:
+        """What a dead worker was at is recorded as failed, where no other one has taken it over."""
+        for run in self._store.list_runs(status="running"):
+            its = run.seed == task.seed and (
+                run.arm == task.arm or run.arm.startswith(f"{task.arm}/")
+            )
+            if its and self._store.claim(run.digest, "a worker that died"):
+                self._store.fail(run.digest, reason)
 
 
 TRY_AGAIN_SECONDS = 5.0
-_told: Any = None
 
 
-def _start_worker(threads: int, told: Any) -> None:
-    global _told
-    _told = told
-    _told.cancel_join_thread()  # at the end nobody reads what is left
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+def _start_worker(threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
@@ -211,20 +275,10 @@ def _start_worker(threads: int, told: Any) -> None:
     parts.load_all()
 
 
-def _end_with(parent: int) -> None:
-    """End this worker once its parent is gone: an orphan would go on training and hold its claim.
-
-    What it had not saved is done again by whoever claims the run next, to the same bits.
-    """
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(1)
-
-
-def _work(job: Job) -> Answer | None:
+def _work(job: Job, tell: Callable[[News], None]) -> Answer | None:
     """The answer, or None when another process is at a stage of the job."""
     try:
-        return run_job(job, lambda progress: _told.put((job.index, progress)))
+        return run_job(job, tell)
     except Busy:
         return None
 
@@ -233,11 +287,17 @@ def _work(job: Job) -> Answer | None:
 
 Answer = tuple[str | None, str | None]
 """(digest, None), or (None, why the run failed)."""
+Reached = tuple[int, int]
+"""How far a run is: the number of its stage, and the step in it."""
+News = tuple[Reached, Progress]
 
 
 @dataclass(frozen=True)
 class Job:
-    """A task as another process is given it. index: its place among the tasks."""
+    """A task as another process is given it. index: its place among the tasks.
+
+    written: where its recipe is (`Recipe.where`, `arm` and `own`), for errors.
+    """
 
     index: int
     spec: dict[str, Any]
@@ -247,40 +307,47 @@ class Job:
     arm: str
     study: str | None
     part: str
+    written: dict[str, Any] = field(default_factory=dict)
 
 
 def jobs_of(tasks: Sequence[Task], store: Store, options: Options) -> list[Job]:
     home = str(store.home.absolute())
     return [
-        Job(i, task.recipe.spec(), task.seed, home, options, task.arm, task.study, task.part)
+        Job(
+            *(i, task.recipe.spec(), task.seed, home, options, task.arm, task.study, task.part),
+            written={name: getattr(task.recipe, name) for name in ("where", "arm", "own")},
+        )
         for i, task in enumerate(tasks)
     ]
 
 
-def run_job(job: Job, tell: Callable[[Progress], None]) -> Answer:
-    """Run a job in this process. tell: called once for every percent, since it may be slow."""
-    last_told = -1
+def run_job(job: Job, tell: Callable[[News], None]) -> Answer:
+    """Run a job in this process. tell: once for every percent of a stage, since it may be slow."""
+    last_told = (-1, -1)
 
     def on_step(stage: str, progress: Progress) -> None:
         nonlocal last_told
-        percent = 100 * progress.step // progress.steps
-        if percent > last_told:
-            last_told = percent
-            tell(progress)
+        number = stages.index(stage)
+        at = (number, 100 * progress.step // progress.steps)
+        if at > last_told:
+            last_told = at
+            tell(((number, progress.step), progress))
 
     store = Store(Path(job.home), check=False)
     try:
-        recipe = parse_recipe(job.spec)
-        digest = execute(
-            recipe,
-            job.seed,
-            store,
-            job.options,
-            arm=job.arm,
-            study=job.study,
-            part=job.part,
-            on_step=on_step,
-        )
+        recipe = replace(parse_recipe(job.spec), **job.written)
+        stages = [stage.name for stage in recipe.stages]
+        with located(recipe, store.home):
+            digest = execute(
+                recipe,
+                job.seed,
+                store,
+                job.options,
+                arm=job.arm,
+                study=job.study,
+                part=job.part,
+                on_step=on_step,
+            )
         return digest, None
     except RunFailed as error:
         return None, str(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 from dataclasses import dataclass, field
@@ -29,7 +30,11 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class StudyRecord:
-    """One study of the index; verdicts by arm, runs as (digest, arm, seed)."""
+    """One study of the index; verdicts by arm, runs as (digest, arm, seed).
+
+    folder: where it was asked, from which its relative paths are read; empty when an older Maquette
+    recorded it.
+    """
 
     digest: str
     name: str
@@ -38,6 +43,7 @@ class StudyRecord:
     created: float
     verdicts: dict[str, Any] = field(default_factory=dict)
     runs: tuple[tuple[str, str, int], ...] = ()
+    folder: str = ""
 
 
 def dump(value: Any) -> str:
@@ -56,6 +62,9 @@ def study_record(db: sqlite3.Connection, row: sqlite3.Row) -> StudyRecord:
         "SELECT digest, arm, seed FROM study_runs WHERE study=? ORDER BY rowid", (row["digest"],)
     )
     values = dict(row) | {"verdicts": json.loads(row["verdicts"])}
+    with contextlib.suppress(sqlite3.OperationalError):  # read-only, and without that table
+        find = "SELECT folder FROM study_folders WHERE study=?"
+        values |= dict(db.execute(find, (row["digest"],)).fetchone() or {})
     return StudyRecord(**values, runs=tuple((r["digest"], r["arm"], r["seed"]) for r in links))
 
 
@@ -92,7 +101,7 @@ def read_study(file: Path) -> StudyRecord | None:
         dump(record.verdicts)
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
-    words = (record.digest, record.name, record.status, record.yaml)
+    words = (record.digest, record.name, record.status, record.yaml, record.folder)
     sound = all(isinstance(word, str) for word in words) and isinstance(record.verdicts, dict)
     sound = sound and isinstance(record.created, int | float)
     return record if sound and record.digest == file.parent.name else None

@@ -1,6 +1,6 @@
 """The store: an SQLite index of studies and runs, and one folder per run.
 
-    home/index.sqlite                       the index (WAL), rebuilt from the folders when lost
+    home/index.sqlite                       the index, rebuilt from the folders when lost
     home/runs/<first two>/<digest>/         run.json, recipe.yaml, ledger.json, metrics.jsonl,
                                             items.parquet, model/, state/
     home/studies/<digest>/                  study.yaml, study.json
@@ -80,7 +80,8 @@ class Store:
     @staticmethod
     def place(home: Path | str | None) -> Path:
         """The folder a store named like this lies in."""
-        return Path(home).expanduser() if home is not None else default_home()
+        place = Path(home).expanduser() if home is not None else default_home()
+        return place.absolute()  # the same one wherever this process goes
 
     # Folders ------------------------------------------------------------------------------------
 
@@ -141,7 +142,9 @@ class Store:
                 (digest, owner, place, pid, born, now),
             )
             db.execute(
-                "UPDATE runs SET status='running', reason=NULL, finished=NULL, "
+                # A run that was reopened keeps the reason until it is done, also over a kill.
+                "UPDATE runs SET status='running', finished=NULL, "
+                "reason=CASE WHEN status='failed' THEN NULL ELSE reason END, "
                 "started=COALESCE(started, ?) WHERE digest=?",
                 (now, digest),
             )
@@ -235,13 +238,17 @@ class Store:
         file = self.run_dir(digest) / "items.parquet"
         if not file.is_file():
             raise BadInput(
-                f"run `{digest}` has no items", where=file, mend="run it again: it did not finish"
+                f"run `{digest}` has no items",
+                where=file,
+                mend="run it again; if the store calls it done, first `maquette store repair`",
             )
         try:
-            return pq.read_table(file)
+            return pq.read_table(file, page_checksum_verification=True)
         except (OSError, pa.ArrowException, ValueError) as error:
             raise BadInput(
-                f"the items cannot be read ({error})", where=file, mend="run it again"
+                f"the items cannot be read ({error})",
+                where=file,
+                mend="`maquette store repair`, then run it again",
             ) from error
 
     def list_runs(self, study: str | None = None, status: Status | None = None) -> list[RunRecord]:
@@ -263,12 +270,18 @@ class Store:
     # Studies ------------------------------------------------------------------------------------
 
     def save_study(self, digest: str, yaml: str, status: str, *, name: str = "") -> None:
-        """Record a study, or change its status; the text of a known study never changes."""
+        """Record a study, or change its status; the text of a known study never changes.
+
+        The current folder is recorded with it, since its relative paths are read from there.
+        """
         with self.index.connection(write=True) as db:
             db.execute(
                 "INSERT INTO studies (digest, name, status, yaml, created) VALUES (?, ?, ?, ?, ?) "
                 "ON CONFLICT (digest) DO UPDATE SET status=excluded.status",
                 (_checked(digest), name or digest[:12], status, yaml, time.time()),
+            )
+            db.execute(
+                "INSERT OR REPLACE INTO study_folders VALUES (?, ?)", (digest, str(Path.cwd()))
             )
         self._mirror_study(digest)
 
@@ -358,7 +371,7 @@ class Store:
 
     def _fill(self, db: sqlite3.Connection) -> int:
         claimed = {r["digest"] for r in db.execute("SELECT * FROM claims") if self._alive(r)}
-        for table in ("studies", "runs", "study_runs"):
+        for table in ("studies", "runs", "study_runs", "study_folders"):
             db.execute(f"DELETE FROM {table}")
         records = [r for f in self.home.glob("runs/*/*/run.json") if (r := read_run(f))]
         for run in sorted(records, key=lambda r: (r.started or float("inf"), r.digest)):
@@ -372,6 +385,8 @@ class Store:
                     dump(study.verdicts),
                 ),
             )
+            if study.folder:
+                db.execute("INSERT INTO study_folders VALUES (?, ?)", (study.digest, study.folder))
             db.executemany(
                 "INSERT INTO study_runs VALUES (?, ?, ?, ?)",
                 [(study.digest, *link) for link in study.runs],
@@ -380,11 +395,11 @@ class Store:
 
 
 def write_table(path: Path, table: pa.Table) -> None:
-    """Write an Arrow table as Parquet, whole or not at all."""
+    """Write an Arrow table as Parquet with checksums, whole or not at all."""
     import pyarrow.parquet as pq
 
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
+    pq.write_table(table, sink, write_page_checksum=True)
     atomic.write_bytes(path, sink.getvalue().to_pybytes())
 
 
