@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from maquette import cli
-from maquette.study.study import built_in
+from maquette.study.store import Store
+from maquette.study.study import built_in, load_study
 
 
 @pytest.fixture
@@ -109,11 +110,56 @@ def test_a_card_and_a_study_are_shown_by_name(run):
     assert "did you mean `adamw`?" in errors
 
 
-def test_runs_of_a_store_that_is_not_there_are_a_bad_input(run, tmp_path):
-    status, _, errors = run("ls", "runs", "--home", tmp_path / "none")
-    assert status == 2
-    assert "no store" in errors
-    assert not (tmp_path / "none").exists()
+def test_without_a_store_there_are_no_runs_yet_and_none_is_made(run, tmp_path):
+    none = tmp_path / "none"
+    assert json.loads(run("ls", "runs", "--json", "--home", none)[1]) == []
+    status, out, _ = run("ls", "runs", "--home", none)
+    assert (status, out) == (0, f"no runs yet in {none}\n")
+    assert not none.exists()
+
+
+def test_a_home_no_folder_can_be_made_in_is_a_bad_input(run):
+    status, _, errors = run("check", "quickstart", "--home", "/proc/nope")
+    assert status == 2, errors
+    assert "/proc/nope: --home: no folder can be made here" in errors
+
+
+def test_studies_of_the_store_are_listed_with_digest_status_and_verdicts(run, tmp_path):
+    store = Store(tmp_path / "home")
+    store.save_study("ab12cd34ef56ab12", "question: x\narms: {a: {}, b: {}}\n", "done", name="mine")
+    store.save_verdict("ab12cd34ef56ab12", "b", {"word": "helps"})
+    rows = json.loads(run("ls", "studies", "--json", "--home", store.home)[1])
+    assert [row for row in rows if row["kind"] == "stored"] == [
+        {
+            "kind": "stored",
+            "digest": "ab12cd34ef56ab12",
+            "name": "mine",
+            "status": "done",
+            "verdicts": {"b": "helps"},
+            "question": "x",
+            "arms": ["a", "b"],
+        }
+    ]
+    assert "quickstart" in {row["name"] for row in rows if row["kind"] == "built-in"}
+    shown = run("ls", "studies", "--home", store.home)[1]
+    assert "ab12cd34ef56 " in shown and "b helps" in shown
+    document = json.loads(run("show", "ab12", "--json", "--home", store.home)[1])
+    assert (document["kind"], document["verdicts"]) == ("study", {"b": "helps"})
+
+
+def test_a_failed_run_of_seed_0_is_listed_and_shown_with_its_reason(run, tmp_path):
+    store = Store(tmp_path / "home")
+    digest = "cd34ab12ef56ab12"
+    store.plan(digest, arm="plain", seed=0, recipe_yaml="budget: 8step\n")
+    store.claim(digest, "me")
+    store.fail(digest, "loss is nan at step 3")
+    listed = run("ls", "runs", "--home", store.home)[1].splitlines()[-1].split("│")
+    assert [cell.strip() for cell in listed[:4]] == ["cd34ab12ef56", "plain", "0", "failed"]
+    shown = run("show", "cd34", "--home", store.home)[1]
+    assert "plain, seed 0, failed" in shown and "loss is nan at step 3" in shown
+    document = json.loads(run("show", "cd34", "--json", "--home", store.home)[1])
+    assert (document["reason"], document["seed"]) == ("loss is nan at step 3", 0)
+    assert document["recipe"] == {"budget": "8step"}
 
 
 def test_a_copied_study_is_the_file_that_comes_along_and_nothing_is_written_over(run, tmp_path):
@@ -143,6 +189,10 @@ def test_a_copied_study_is_the_file_that_comes_along_and_nothing_is_written_over
         ("ls", "nothing"),
         ("noise", "electra", "--seeds", "two"),
         ("replicate", "nobody"),
+        ("check", "quickstart", "--device", "bogus"),
+        ("compare", "quickstart", "--device", "bogus"),
+        ("run", "quickstart", "--arm", "electra", "--device", "cuda:99"),
+        ("noise", "text/casual"),
     ],
     ids=" ".join,
 )
@@ -158,6 +208,51 @@ def test_an_error_as_json_is_one_document_with_its_status(run, tmp_path):
     status, out, _ = run("check", tmp_path / "none.yaml", "--json")
     assert status == 2
     assert json.loads(out)["status"] == 2
+
+
+@pytest.mark.parametrize("verb", ["compare", "replicate", "check", "forecast"])
+def test_a_seed_for_a_study_is_refused_with_the_seeds_to_write(run, tmp_path, verb):
+    status, _, errors = run(verb, "quickstart", "--seed", 7, "--home", tmp_path / "home")
+    assert status == 2
+    assert "--seed: a study runs under its own seeds" in errors
+    assert "--set 'seeds=[7, 8, 9]'" in errors
+
+
+# --- what is wrong beyond the file ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", ["check", "compare"])
+@pytest.mark.parametrize(
+    ("workload", "key", "mend"),
+    [
+        ({"vocabulary": 300_000}, "workload.vocabulary", "workload: {tokenizer: bytes}"),
+        ({"corpus": {"path": "nowhere"}}, "workload.corpus.path: nowhere", "a file, a folder"),
+        ({"held_out_fraction": 1e-9}, "workload.held_out_fraction", "change the fraction"),
+        ({"tokenizer": "nowhere"}, "workload.tokenizer: nowhere", "hub name"),
+    ],
+)
+def test_the_file_and_the_whole_key_are_named(
+    run, world, tmp_path, home, verb, workload, key, mend
+):
+    path = study_file(world, tmp_path, workload=world.workload("text/causal") | workload)
+    place = ("--on", "local:1") if verb == "compare" else ()
+    status, _, errors = run(verb, path, "--home", home, "--device", "cpu", *place)
+    assert status == 2, errors
+    assert f"{path}: {key}" in errors
+    assert mend in errors
+
+
+@pytest.mark.parametrize("on", ["local:1", "local:2"])
+def test_an_arm_whose_budget_is_below_one_step_is_named(run, world, tmp_path, home, on):
+    arms = {"plain": {}, "short": {"budget": "1tok"}}
+    path = study_file(world, tmp_path, arms=arms)
+    status, _, errors = run("compare", path, "--home", home, "--device", "cpu", "--on", on)
+    assert status == 2, errors
+    assert f"{path}: arms.short.budget: 1tok is below one step" in errors
+    path = study_file(world, tmp_path, budget="1tok")
+    status, _, errors = run("compare", path, "--home", home, "--device", "cpu", "--on", on)
+    assert f"{path}: budget: 1tok is below one step" in errors
+    assert "(arm `" in errors  # whichever comes to it first
 
 
 # --- running -------------------------------------------------------------------------------------
@@ -194,3 +289,43 @@ def test_one_arm_runs_is_listed_and_is_exported(run, world, tmp_path, home):
     assert (Path(done["folder"]) / "model" / "config.json").is_file()
     assert run("show", done["digest"][:10], "--home", home)[0] == 0
     assert run("resume", *place)[1].startswith("nothing to resume")
+
+
+# --- going on ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stopped(world, tmp_path, home, monkeypatch):
+    """Two studies of one name, asked in the folder `asked` by relative paths and then stopped."""
+    folder = tmp_path / "asked"
+    folder.mkdir()
+    (folder / "docs").symlink_to(world.workload("text/causal")["corpus"]["path"])
+    monkeypatch.chdir(folder)
+    store = Store(home)
+    workload = world.workload("text/causal") | {"corpus": {"path": "docs"}}
+    for arms in ({"plain": {}, "prefix": {"objective": "prefix-lm"}}, {"a": {}, "b": {}}):
+        study = load_study(study_file(world, folder, workload=workload, arms=arms, budget="2step"))
+        store.save_study(study.digest, yaml.safe_dump(study.spec()), "running", name=study.name)
+    monkeypatch.chdir(tmp_path)
+    return store
+
+
+def test_studies_go_on_in_their_folder_and_one_that_cannot_leaves_the_others(
+    run, stopped, tmp_path
+):
+    broken = "question: x\nobjectiv: causal-lm\narms: {a: {}, b: {}}\n"
+    stopped.save_study("ab12cd34ef56ab12", broken, "running", name="broken")
+    place = ("--home", stopped.home, "--device", "cpu", "--on", "local:1")
+    status, out, errors = run("resume", "--json", *place)
+    answers = json.loads(out)
+    assert status == 2, errors
+    assert len(answers) == 3
+    assert "unknown key `objectiv`" in answers.pop("ab12cd34ef56ab12")["error"]
+    assert {a["name"] for a in answers.values()} == {"mine"}
+    assert all(a["sentences"] and a["error"] is None for a in answers.values()), answers
+    assert Path.cwd() == tmp_path
+    statuses = {s.digest: s.status for s in stopped.list_studies()}
+    assert statuses == dict.fromkeys(answers, "done") | {"ab12cd34ef56ab12": "running"}
+    status, out, _ = run("resume", *place)
+    assert status == 2
+    assert "broken (ab12cd34ef56)" in out and "mend: did you mean `objective`?" in out

@@ -173,5 +173,5 @@ def test_a_ladder_is_run_reported_stored_and_never_run_twice(run, world, tmp_pat
     store.save_study(record.digest, record.yaml, "running", name=record.name)
     status, out, errors = run("resume", "--device", "cpu", "--on", "local:1", "--json")
     assert status == 0, errors
-    assert any("Kendall" in line for line in json.loads(out)["mine"])
+    assert any("Kendall" in line for line in json.loads(out)[record.digest]["sentences"])
     assert Store(home).list_studies()[0].status == "done"

@@ -32,6 +32,32 @@ def test_a_value_outside_its_range_shows_what_was_given():
         validate(Knobs, {"rate": -1}, key="optim")
 
 
+class Text(Frozen):
+    path: str
+    limit: str | None = Field(None, min_length=3, examples=["64MB"])
+
+
+class Work(Frozen):
+    corpus: Text = Text(path="x")
+    length: int | None = Field(None, ge=8)
+
+
+@pytest.mark.parametrize(
+    ("cls", "data", "mend"),
+    [
+        (Knobs, {"rate": -1}, "`rate: 0.1` is the default"),
+        (Knobs, {"rate": "fast"}, "`rate: 0.1` is the default"),
+        (Work, {"corpus": {"path": "x", "limit": "1"}}, "for example `limit: 64MB`"),
+        (Work, {"corpus": {"pth": "x", "path": "y"}}, "did you mean `path`?"),
+        (Work, {"length": 2}, "leave `length` out for its default"),
+    ],
+)
+def test_what_cannot_be_taken_comes_with_what_can(cls, data, mend):
+    with pytest.raises(BadInput) as caught:
+        validate(cls, data)
+    assert caught.value.mend == mend
+
+
 def test_a_missing_key_is_named():
     class Needy(Frozen):
         domains: tuple[str, ...]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -35,14 +35,47 @@ def validate(
                 f"unknown key `{path[-1]}`",
                 where=where,
                 key=dotted,
-                mend=did_you_mean(path[-1], cls.model_fields),
+                mend=did_you_mean(path[-1], _model_at(cls, path[:-1]).model_fields),
             ) from None
+        mend = _mend(cls, path)
         if first["type"] == "missing":
-            raise BadInput(f"`{path[-1]}` is required", where=where, key=dotted) from None
+            what = f"`{path[-1]}` is required"
+            raise BadInput(what, where=where, key=dotted, mend=mend) from None
         given = "" if isinstance(first["input"], Mapping) else f", got {first['input']!r}"
         message = first["msg"].removeprefix("Value error, ")
         shown = message if "got " in message else f"{message}{given}"
-        raise BadInput(shown, where=where, key=dotted) from None
+        raise BadInput(shown, where=where, key=dotted, mend=mend) from None
+
+
+def _model_at(cls: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
+    """The innermost model on the way `path` takes through the fields of `cls`."""
+    for name in path:
+        if name in cls.model_fields:
+            kind = cls.model_fields[name].annotation
+            inner = next((k for k in (kind, *get_args(kind)) if _is_model(k)), None)
+            cls = inner or cls
+    return cls
+
+
+def _is_model(kind: object) -> TypeGuard[type[BaseModel]]:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _mend(cls: type[BaseModel], path: Sequence[str]) -> str | None:
+    """A value the option at `path` can take: an example or its default; or where to look."""
+    model = _model_at(cls, path)
+    name = next((n for n in reversed(path) if n in model.model_fields), None)
+    info = model.model_fields[name] if name else None
+    if info is not None and info.examples:
+        return f"for example `{name}: {info.examples[0]}`"
+    if info is not None and not info.is_required():
+        if isinstance(info.default, bool | int | float | str):
+            is_flag = isinstance(info.default, bool)
+            default = str(info.default).lower() if is_flag else info.default
+            return f"`{name}: {default}` is the default"
+        return f"leave `{name}` out for its default"
+    slug = getattr(cls, "type", None)
+    return f"`maquette show {slug}` lists the options" if isinstance(slug, str) else None
 
 
 MAX_YAML_BYTES = 1 << 18

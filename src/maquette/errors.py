@@ -42,6 +42,10 @@ class BadInput(MaquetteError):
     exit_status = 2
 
 
+class KeepsNothing(BadInput):
+    """A filter would drop every document; only a user who says so gets an empty corpus."""
+
+
 class RunFailed(MaquetteError):
     """A run started and could not finish (not-a-number loss, full disk); exit status 1."""
 

@@ -119,6 +119,16 @@ class State:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """What a run took from its sources. tokens: drawn by source. available: held by source.
+    step_tokens: of one batch."""
+
+    tokens: Mapping[str, int]
+    available: Mapping[str, int]
+    step_tokens: int
+
+
+@dataclass(frozen=True)
 class Selection:
     """Rows of the training part that a feed wants trained on, until its next refresh.
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from maquette import parts
 from maquette.errors import BadInput, did_you_mean
+
+if TYPE_CHECKING:
+    from maquette.study.records import RunRecord, StudyRecord
+    from maquette.study.store import Store
 
 
 def rows(what: str, home: Path | None) -> list[dict[str, Any]]:
     """The things of one kind, as plain data."""
     if what == "studies":
-        return _studies()
+        return [*_built_in_studies(), *_stored_studies(home)]
     if what == "runs":
         return _runs(home)
     kinds = {"workloads": ["workload"], "methods": [k for k in parts.KINDS if k != "workload"]}
@@ -30,52 +35,108 @@ def rows(what: str, home: Path | None) -> list[dict[str, Any]]:
     ]
 
 
-def _studies() -> list[dict[str, Any]]:
+def _built_in_studies() -> list[dict[str, Any]]:
     from maquette.config import load_yaml
     from maquette.study.study import built_in
 
     found = []
     for name, path in built_in().items():
         data = load_yaml(path)
-        found.append({"name": name, "question": data["question"], "arms": list(data["arms"])})
-    return found
-
-
-def _runs(home: Path | None) -> list[dict[str, Any]]:
-    from maquette.study.store import Store
-
-    found = []
-    for record in Store(home, read_only=True).list_runs():
-        when = record.finished or record.started
-        day = datetime.datetime.fromtimestamp(when).isoformat(" ", "minutes") if when else ""
         found.append(
             {
-                "digest": record.digest,
-                "arm": record.arm,
-                "seed": record.seed,
-                "status": record.status,
-                "when": day,
-                "reason": record.reason,
+                "kind": "built-in",
+                "name": name,
+                "question": data["question"],
+                "arms": list(data["arms"]),
             }
         )
     return found
 
 
-def show(what: str, found: list[dict[str, Any]]) -> None:
-    """Print the rows for people."""
+def _stored_studies(home: Path | None) -> list[dict[str, Any]]:
+    store = _store(home)
+    return [_study_facts(record) for record in store.list_studies()] if store else []
+
+
+def _study_facts(record: StudyRecord) -> dict[str, Any]:
+    from maquette.config import parse_yaml
+
+    try:
+        data = parse_yaml(record.yaml, where=record.digest)
+    except BadInput:
+        data = None
+    data = data if isinstance(data, dict) else {}
+    arms = data.get("arms")
+    return {
+        "kind": "stored",
+        "digest": record.digest,
+        "name": record.name,
+        "status": record.status,
+        "verdicts": {arm: verdict.get("word", "") for arm, verdict in record.verdicts.items()},
+        "question": str(data.get("question", "")),
+        "arms": list(arms) if isinstance(arms, dict) else [],
+    }
+
+
+def _store(home: Path | None) -> Store | None:
+    """The store to look into, or None where there is none yet."""
+    from maquette.study import index
+    from maquette.study.store import Store
+
+    place = Store.place(home)
+    return Store(place, read_only=True) if (place / index.NAME).is_file() else None
+
+
+def _runs(home: Path | None) -> list[dict[str, Any]]:
+    store = _store(home)
+    return [
+        {
+            "digest": record.digest,
+            "arm": record.arm,
+            "seed": record.seed,
+            "status": record.status,
+            "when": _when(record),
+            "reason": record.reason,
+        }
+        for record in (store.list_runs() if store else ())
+    ]
+
+
+def _when(record: RunRecord) -> str:
+    """The minute a run ended, or began, in local time; empty before it has begun."""
+    when = record.finished or record.started
+    return datetime.datetime.fromtimestamp(when).isoformat(" ", "minutes") if when else ""
+
+
+def show(what: str, found: list[dict[str, Any]], home: Path | None = None) -> None:
+    """Print the rows for people: studies in two tables, by whether they come along or are stored.
+
+    home: the store that was looked into.
+    """
     from maquette import console
+    from maquette.study.store import Store
 
     if not found:
-        print(f"no {what} yet")
-        return
-    short = [
-        {
-            k: (v[:12] if k == "digest" else ", ".join(v) if isinstance(v, list) else v or "")
-            for k, v in row.items()
-        }
-        for row in found
-    ]
-    console.table(list(short[0]), [list(row.values()) for row in short])
+        print(f"no {what} yet in {Store.place(home)}")
+    kinds = list(dict.fromkeys(row["kind"] for row in found)) if what == "studies" else [None]
+    for kind in kinds if found else ():
+        rows = [row for row in found if kind is None or row["kind"] == kind]
+        columns = [k for k in rows[0] if kind is None or k not in HIDDEN[kind]]
+        shown = [[_cell(column, row[column]) for column in columns] for row in rows]
+        console.table(columns, shown, title=f"{kind} studies" if kind else "")
+
+
+HIDDEN = {"built-in": ("kind",), "stored": ("kind", "question", "arms")}
+
+
+def _cell(column: str, value: Any) -> Any:
+    if column == "digest":
+        return value[:12]
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {v}" for k, v in value.items())
+    if isinstance(value, list):
+        return ", ".join(value)
+    return "" if value is None else value
 
 
 def describe(name: str, home: Path | None) -> tuple[dict[str, Any], str]:
@@ -113,26 +174,84 @@ def _part_text(cls: type[parts.Part]) -> str:
 
 
 def _stored(name: str, home: Path | None) -> tuple[dict[str, Any], str]:
-    from maquette.study import index
-    from maquette.study.store import Store, default_home
     from maquette.study.study import built_in
 
-    place = home or default_home()
-    # Without a store a misspelt method is still that, and not a missing store.
-    kinds: tuple[Literal["run", "study"], ...] = ("run", "study")
-    for kind in kinds if (place / index.NAME).is_file() else ():
-        store = Store(place, read_only=True)
-        try:
-            digest = store.find(name, kind)
-        except BadInput:
-            continue
-        folder = store.run_dir(digest) if kind == "run" else store.study_dir(digest)
-        file = folder / ("recipe.yaml" if kind == "run" else "report.md")
-        if not file.exists():
-            file = folder / "study.yaml"
-        text = file.read_text()
-        return {"kind": kind, "digest": digest, "folder": str(folder), "text": text}, (
-            f"{folder}\n\n{text}"
-        )
+    store = _store(home)  # without one a misspelt method is still that, and not a missing store
+    if store is not None:
+        kinds: tuple[Literal["run", "study"], ...] = ("run", "study")
+        for kind in kinds:
+            try:
+                digest = store.find(name, kind)
+            except BadInput:
+                continue
+            document = _run_document if kind == "run" else _study_document
+            return document(store, digest)
     known = [cls.type for cls in parts.parts()] + list(built_in())
     raise BadInput(f"nothing is called `{name}`", mend=did_you_mean(name, known))
+
+
+def _run_document(store: Store, digest: str) -> tuple[dict[str, Any], str]:
+    """All that is known of a run, and the same in lines."""
+    from maquette.config import parse_yaml
+
+    record, folder = store.run(digest), store.run_dir(digest)
+    file = folder / "recipe.yaml"
+    recipe = file.read_text(encoding="utf-8") if file.is_file() else ""
+    document = {
+        "kind": "run",
+        "digest": digest,
+        "folder": str(folder),
+        "status": record.status,
+        "reason": record.reason,
+        "arm": record.arm,
+        "seed": record.seed,
+        "when": _when(record),
+        "metrics": record.metrics,
+        "ledger": record.ledger,
+        "machine": record.machine,
+        "recipe": parse_yaml(recipe, where=file),
+    }
+    return document, "\n".join(_run_lines(document, recipe))
+
+
+def _run_lines(run: dict[str, Any], recipe: str) -> Iterator[str]:
+    from maquette.figures import quantity
+
+    ended = f": {run['reason']}" if run["reason"] else ""
+    yield f"run {run['digest']}"
+    yield f"{run['arm']}, seed {run['seed']}, {run['status']} {run['when']}{ended}"
+    yield run["folder"]
+    if run["metrics"]:
+        yield "\nmetrics"
+    for name, value in run["metrics"].items():
+        if name == "warnings":
+            yield from (f"  warning: {part}: {text}" for part, text in value.items())
+        elif name == "peak_memory":
+            yield f"  peak memory: {quantity(value, 'bytes')}"
+        elif isinstance(value, list):
+            yield f"  {name}: {', '.join(map(str, value))}"
+        else:
+            yield f"  {name}: {f'{value:.6g}' if isinstance(value, float) else value}"
+    if run["ledger"]:
+        yield "\nledger"
+    for cause, entry in run["ledger"].items():
+        amounts = [
+            quantity(amount, unit) + f" {unit}" * (unit not in ("flops", "bytes", "seconds"))
+            for unit, amount in entry.items()
+            if amount
+        ]
+        yield f"  {cause}: {', '.join(amounts) or 'nothing'}"
+    if run["machine"]:
+        yield "\nmachine"
+    yield from (f"  {name}: {fact}" for name, fact in run["machine"].items())
+    yield f"\n{recipe}".rstrip()
+
+
+def _study_document(store: Store, digest: str) -> tuple[dict[str, Any], str]:
+    """A study's record with its report, or with its text while there is none."""
+    record = next(study for study in store.list_studies() if study.digest == digest)
+    folder = store.study_dir(digest)
+    report = folder / "report.md"
+    text = report.read_text(encoding="utf-8") if report.is_file() else record.yaml
+    document = {**_study_facts(record), "kind": "study", "folder": str(folder), "text": text}
+    return document, f"{folder}\n{record.name}, {record.status}\n\n{text}"

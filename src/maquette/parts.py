@@ -15,7 +15,7 @@ from pydantic import Field, field_validator
 
 from maquette.config import Frozen
 from maquette.declarations import Card, Head, Needs, Scale
-from maquette.flow import Batch, Clock, Ctx, Examples, Loss, Run, Selection, State, Subject
+from maquette.flow import Batch, Clock, Ctx, Drawn, Examples, Loss, Run, Selection, State, Subject
 from maquette.registry import find, load_all, parts, register
 from maquette.schedules import Horizon, Schedule
 
@@ -31,10 +31,9 @@ if TYPE_CHECKING:
     from maquette.quantities import Size
 
 __all__ = [
-    "KINDS", "Audit", "Batch", "Card", "Clock", "Ctx", "DataOp", "Decoder", "Examples", "Feed",
-    "Head", "Loss", "Needs", "Objective", "Optim", "Part", "Run", "Scale", "Selection", "Selector",
-    "State",
-    "Subject", "Surgery", "Workload", "find", "load_all", "parts", "register",
+    "KINDS", "Audit", "Batch", "Card", "Clock", "Ctx", "DataOp", "Decoder", "Drawn", "Examples",
+    "Feed", "Head", "Loss", "Needs", "Objective", "Optim", "Part", "Run", "Scale", "Selection",
+    "Selector", "State", "Subject", "Surgery", "Workload", "find", "load_all", "parts", "register",
 ]  # fmt: skip
 
 
@@ -166,6 +165,14 @@ class Feed(Part):
         """
         return None
 
+    def summary(self, drawn: Drawn) -> dict[str, float]:
+        """Numbers by name, in words, on what a run with a mixture drew; as `Objective.summary`."""
+        return {}
+
+    def diagnose(self, drawn: Drawn) -> dict[str, str]:
+        """Notes for the report on what a run with a mixture drew; `{}` if it is as asked."""
+        return {}
+
     def widest_scale(self) -> Scale:
         # A look at the model ends in one file, and is taken by one process.
         looks = type(self).refresh is not Feed.refresh
@@ -222,6 +229,12 @@ class Objective(Part):
         """
         return self.phase(clock)
 
+    def check_horizon(self, horizon: Horizon) -> None:
+        """Raise BadInput when it cannot do its work in this many steps.
+
+        Asked before the first step, and already when the recipe is read if the budget is in steps.
+        """
+
     def special_tokens(self) -> tuple[str, ...]:
         """Tokens the tokenizer must hold as single, reserved entries."""
         return ()
@@ -246,6 +259,14 @@ class Objective(Part):
 
     def diagnose(self, logs: Mapping[str, Sequence[float]]) -> dict[str, str]:
         """Warnings for the report from the logged series; `{}` when the objective engaged."""
+        return {}
+
+    def summary(self, logs: Mapping[str, Sequence[float]]) -> dict[str, float]:
+        """Numbers by name, in words, that say at the end of a run whether the method did its work.
+
+        logs: the logged series, as in `diagnose`. Kept in the run's record; the report gives their
+        means over an arm's seeds. A number that is not finite is dropped.
+        """
         return {}
 
 
@@ -362,6 +383,9 @@ class Audit(Part):
     metrics: ClassVar[Mapping[str, Literal["higher", "lower"]]] = {}
     items_vary: ClassVar[bool] = False
     """True when the items depend on the seed, so that only seed-level means can be paired."""
+    needs_members: ClassVar[bool] = False
+    """True when the training part must be what the model was trained on, and the held-out part not:
+    a split made afterwards would be taken for membership."""
 
     def metric_directions(self) -> Mapping[str, Literal["higher", "lower"]]:
         return self.metrics

@@ -30,6 +30,8 @@ from maquette.parts import (
 )
 from maquette.plan import Init, Node, charged_to, in_order, parse_init
 from maquette.quantities import Budget, Size, size_named
+from maquette.registry import check_packages
+from maquette.schedules import Horizon
 
 # --- parts from plain data -----------------------------------------------------------------------
 
@@ -127,7 +129,10 @@ class Stage:
 
     def node(self) -> Node:
         """The stage in the graph of its recipe."""
-        return Node(self.name, self.init.stages if self.init else (), _read_by(self.parts))
+        init = self.init.stages if self.init else ()
+        own = {k: v for k, v in self.spec().items() if k not in ("name", "init")}
+        kind = self.init.kind if self.init else None
+        return Node(self.name, init, _read_by(self.parts), json.dumps([kind, own], sort_keys=True))
 
     def seed(self, root: int) -> int:
         """The root seed of this stage's random streams in a run with the root seed `root`."""
@@ -153,11 +158,17 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Stages in an order in which each comes after the one it starts from; then evaluations."""
+    """Stages in an order in which each comes after the one it starts from; then evaluations.
+
+    where, arm, own: the file it is written in, the arm it is of a study, and the recipe keys this
+    arm sets itself; for what is said of it, and no part of its identity.
+    """
 
     stages: tuple[Stage, ...]
     evaluate: tuple[Audit, ...]
     where: str = field(default="", compare=False)
+    arm: str = field(default="", compare=False)
+    own: frozenset[str] = field(default=frozenset(), compare=False)
 
     @property
     def last(self) -> Stage:
@@ -174,6 +185,11 @@ class Recipe:
             "evaluate": [audit.spec() for audit in self.evaluate],
         }
 
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Every part of its stages and evaluations."""
+        return (*(part for stage in self.stages for part in stage.parts), *self.evaluate)
+
     def special_tokens(self) -> tuple[str, ...]:
         """Reserved tokens any of its objectives asks for, sorted."""
         return tuple(sorted({t for s in self.stages for t in s.objective.special_tokens()}))
@@ -185,15 +201,17 @@ class Recipe:
 
 
 STAGE_KEYS = tuple(f.name for f in fields(Stage))
-RECIPE_KEYS = frozenset({*STAGE_KEYS, "stages", "evaluate"}) - {"name", "init"}
+RECIPE_KEYS = frozenset({*STAGE_KEYS, "stages", "evaluate", "packages"}) - {"name", "init"}
 _DEFAULTS: dict[str, Any] = {"optim": "adamw", "feed": "as-is", "data": [], "surgery": []}
 
 
 def parse_recipe(data: Mapping[str, Any], *, where: object = None) -> Recipe:
     """A recipe from plain data; keys outside `stages` are the defaults of every stage.
 
-    A recipe without `stages` is one stage named `train`.
+    A recipe without `stages` is one stage named `train`. `packages` says where parts that are not
+    Maquette's own come from.
     """
+    check_packages(data, where)
     for name in data:
         if name not in RECIPE_KEYS:
             raise BadInput(
@@ -202,7 +220,7 @@ def parse_recipe(data: Mapping[str, Any], *, where: object = None) -> Recipe:
                 key=str(name),
                 mend=did_you_mean(str(name), RECIPE_KEYS),
             )
-    shared = {k: v for k, v in data.items() if k not in ("stages", "evaluate")}
+    shared = {k: v for k, v in data.items() if k not in ("stages", "evaluate", "packages")}
     listed = data.get("stages")
     if listed is None:
         listed = [{"name": "train"}]
@@ -300,6 +318,7 @@ def check_fit(stage: Stage, where: object = None) -> None:
     slugs = {type(part).type for part in stage.parts}
     workload = type(stage.workload).type
     _check_ensemble(stage, workload, where)
+    _check_steps(stage, where)
     for part in stage.parts:
         slug, needs = type(part).type, type(part).needs
         if needs.workloads and workload not in needs.workloads:
@@ -336,6 +355,17 @@ def _check_ensemble(stage: Stage, workload: str, where: object) -> None:
             key=f"stages.{stage.name}.init",
             mend="workload: text/causal",
         )
+
+
+def _check_steps(stage: Stage, where: object) -> None:
+    """What the objective says of a budget in steps, the only one whose length is known so early."""
+    if not stage.trains or stage.budget.unit != "step":
+        return
+    try:
+        stage.objective.check_horizon(Horizon(max(1, round(stage.budget.amount))))
+    except BadInput as error:
+        error.where = error.where or where
+        raise
 
 
 # --- digests -------------------------------------------------------------------------------------

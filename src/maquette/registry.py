@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator
-from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from maquette.errors import BadInput, did_you_mean
 
@@ -18,6 +18,8 @@ KINDS = (
 )  # fmt: skip
 _PARTS: dict[str, dict[str, type[Part]]] = {kind: {} for kind in KINDS}
 _BUILT_IN = ("maquette.methods", "maquette.workloads", "maquette.evaluation")
+_PACKAGES: dict[type[Part], str] = {}
+"""Parts of other packages: class -> `name==version` of the distribution whose entry point it is."""
 _loaded = False
 
 P = TypeVar("P", bound="type[Part]")
@@ -47,8 +49,21 @@ def load_all() -> None:
         for module in pkgutil.walk_packages(package.__path__, f"{root}."):
             importlib.import_module(module.name)
     for entry in entry_points(group="maquette.parts"):
-        entry.load()
+        _load_entry(entry)
     _loaded = True
+
+
+def _load_entry(entry: EntryPoint) -> None:
+    """Import one entry point, and note which package its parts come from."""
+    before = {cls for known in _PARTS.values() for cls in known.values()}
+    entry.load()
+    if entry.dist is None:
+        return
+    for known in _PARTS.values():
+        for cls in known.values():
+            # A module that another one had imported before registers nothing new.
+            if cls not in before or f"{cls.__module__}.".startswith(f"{entry.module}."):
+                _PACKAGES[cls] = f"{entry.dist.name}=={entry.dist.version}"
 
 
 def parts(kind: str | None = None) -> Iterator[type[Part]]:
@@ -68,6 +83,65 @@ def find(kind: str, slug: str, *, where: object = None, key: str | None = None) 
             f"there is no {kind.replace('_', ' ')} `{slug}`",
             where=where,
             key=key,
-            mend=did_you_mean(slug, known),
+            mend=_near(slug, known),
         )
     return known[slug]
+
+
+def _near(slug: str, known: Iterable[str]) -> str:
+    near = did_you_mean(slug, known)
+    is_near = near.startswith("did you mean")
+    return near if is_near else f"{near}; or install the package that brings `{slug}`"
+
+
+# --- parts of other packages ---------------------------------------------------------------------
+
+
+def packages_of(chosen: Iterable[Part]) -> dict[str, dict[str, str]]:
+    """`{"packages": {"surgery acme-lora": "acme==1.2"}}` of parts that are not Maquette's own.
+
+    Empty without any. It stands in the stored text of a run or study, never in its digest.
+    """
+    load_all()
+    found = {
+        f"{part.kind} {type(part).type}": package
+        for part in chosen
+        if (package := _PACKAGES.get(type(part)))
+    }
+    return {"packages": found} if found else {}
+
+
+def check_packages(data: Mapping[str, Any], where: object = None) -> None:
+    """Raise BadInput that names the package of a part which `data` uses and which is not there.
+
+    data: a recipe or study as plain data; its key `packages` is what `packages_of` gave.
+    """
+    packages = data.get("packages") or {}
+    if not (isinstance(packages, Mapping) and all(isinstance(p, str) for p in packages.values())):
+        raise BadInput(
+            f"must name the package of each part that is not Maquette's own, got {packages!r}",
+            where=where,
+            key="packages",
+            mend='packages: {"surgery acme-lora": acme==1.2}',
+        )
+    load_all()
+    rest = [value for key, value in data.items() if key != "packages"]
+    for part, package in packages.items():
+        kind, _, slug = str(part).partition(" ")
+        if slug not in _PARTS.get(kind, {}) and _mentions(rest, slug):
+            name, _, version = package.partition("==")
+            raise BadInput(
+                f"the {kind.replace('_', ' ')} `{slug}` needs the package {name}"
+                + (f" ({version})" if version else ""),
+                where=where,
+                key=f"packages.{part}",
+                mend=f"pip install {package}",
+            )
+
+
+def _mentions(data: object, slug: str) -> bool:
+    if isinstance(data, Mapping):
+        return any(_mentions(value, slug) for value in data.values())
+    if isinstance(data, list | tuple):
+        return any(_mentions(value, slug) for value in data)
+    return data == slug

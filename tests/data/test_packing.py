@@ -138,7 +138,7 @@ def test_a_vocabulary_that_the_text_cannot_support_is_refused_with_numbers():
 def test_a_tokenizer_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(BadInput, match="cannot load the tokenizer") as error:
         load(tmp_path / "none")
-    assert error.value.key == "tokenizer.type"
+    assert error.value.key == "tokenizer"
 
 
 def test_packed_documents_decode_to_their_texts_and_end_with_eos(bpe, tmp_path):

@@ -10,10 +10,12 @@ import torch
 from maquette.data import table
 from maquette.data.corpus import curate
 from maquette.data.limits import within_limit
+from maquette.data.scores import drop_rows
 from maquette.data.selection import IndexColumns, Limit, parse_take
 from maquette.data.steps import chosen_rows
-from maquette.errors import BadInput
+from maquette.errors import BadInput, KeepsNothing
 from maquette.flow import Ctx
+from maquette.parts import State, find
 from maquette.recipe import parse_data
 from maquette.training.ledger import Ledger
 
@@ -107,3 +109,43 @@ def test_a_sample_of_stored_documents_is_that_of_the_readers_limit(tmp_path):
     chosen = within_limit(ids, list(range(1, 51)), 400)
     assert sampled == [i for i, kept in zip(ids, chosen, strict=True) if kept]
     assert 0 < len(sampled) < 50
+
+
+class Fussy(find("data_op", "insecure-calls")):
+    """Finds while it is fitted that it would keep nothing."""
+
+    type = "insecure-calls"
+
+    def fit(self, sample, ctx):
+        raise KeepsNothing("keeps 0 of 40 documents")
+
+
+class Greedy(find("data_op", "insecure-calls")):
+    """Drops every document one by one."""
+
+    type = "insecure-calls"
+
+    def fit(self, sample, ctx):
+        return State()
+
+    def apply(self, batch, state):
+        return drop_rows(batch, dict.fromkeys(range(batch.num_rows), "not wanted"))
+
+
+@pytest.mark.parametrize(
+    ("part", "why"), [(Fussy, "insecure-calls keeps no document"), (Greedy, "not wanted")]
+)
+def test_an_empty_corpus_is_refused_unless_it_is_allowed(tmp_path, part, why):
+    [last] = parse_data([{"type": "top-k", "column": "bytes", "best": "lowest", "take": "50%"}])
+    steps, path = [part(threshold=1.0), last], write(tmp_path / "c.jsonl")
+    ctx = Ctx(torch.device("cpu"), 0, tmp_path / "cache", Ledger())
+    for _ in range(2):
+        found = curate(path, steps, cache=ctx.cache, ctx=ctx, allow_empty=True)
+        assert list(found.documents()) == [] and found.card["kept"]["documents"] == 0
+        assert found.card["ops"] == [
+            {"part": "insecure-calls", "dropped": {why: 40}, "warnings": {}}
+        ]
+        assert [row["why"] for b in found.dropped() for row in b.to_pylist()] == [why] * 40
+        # What was allowed once stays refused for whoever does not allow it.
+        with pytest.raises(KeepsNothing):
+            curate(path, steps, cache=ctx.cache, ctx=ctx)

@@ -1,11 +1,13 @@
 """The mix schedule, its controls, and what no order-free learner can gain."""
 
+import json
 import math
 from collections import Counter
 
 import numpy as np
 import pytest
 
+from maquette.cli import main
 from maquette.data.order import MixtureOrder
 from maquette.errors import BadInput
 from maquette.methods.data.domain_upsampling import (
@@ -20,7 +22,7 @@ from maquette.methods.data.domain_upsampling import (
     upsampled_share,
     without,
 )
-from maquette.parts import Clock
+from maquette.parts import Clock, Drawn
 
 P = {"general": 0.93, "math": 0.07}
 Q = {"general": 0.5, "math": 0.5}
@@ -109,13 +111,45 @@ def test_the_realised_mix_of_whole_rows_is_the_scheduled_one_within_a_row(contro
         0, 16, {n: t // 64 for n, t in SOURCES.items()},
         lambda step: op.mixture(Clock(step=step, fraction=step / steps), SOURCES),
     )  # fmt: skip
-    order.at(steps - 1)
     due = Counter()
     for s in range(steps):
         for name, share in op.mixture(Clock(step=s, fraction=s / steps), SOURCES).items():
             due[name] += 16 * share
-    for name, share in order.shares().items():
-        assert abs(share * 16 * steps - due[name]) <= 2
+    for name, rows in order.counts(steps).items():
+        assert abs(rows - due[name]) <= 2
+
+
+def drawn_by(op, steps=500, rows=16, window=64):
+    order = MixtureOrder(
+        0, rows, {n: t // window for n, t in SOURCES.items()},
+        lambda step: op.mixture(Clock(step=step, fraction=step / steps), SOURCES),
+    )  # fmt: skip
+    tokens = {name: n * window for name, n in order.counts(steps).items()}
+    return Drawn(tokens, SOURCES, rows * window)
+
+
+def test_tokens_shares_and_epochs_of_every_group_are_told():
+    told = feed().summary(drawn_by(feed()))
+    assert told["share of tokens drawn from math"] == pytest.approx(0.156, abs=1e-3)
+    assert told["tokens drawn from math"] == pytest.approx(0.156 * 500 * 1024, rel=0.01)
+    assert told["epochs of math"] == told["tokens drawn from math"] / 60_000
+    shares = [v for name, v in told.items() if name.startswith("share")]
+    assert sum(shares) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("control", ["none", "equal_total", "base", "throughout", "early"])
+def test_a_mix_as_scheduled_is_not_worth_a_note(control):
+    op = feed(control=control)
+    assert op.diagnose(drawn_by(op)) == {}
+
+
+def test_a_mix_off_by_more_than_a_percent_and_a_batch_is_noted():
+    late, constant = feed(), drawn_by(feed(control="base"))
+    (note,) = late.diagnose(constant).values()
+    assert "math 7.0% instead of 15.6%" in note
+    # One batch of two is half of all tokens: rounding, and no fault of the mix.
+    few = Drawn({"torch": 1024, "sympy": 1024}, SOURCES, 1024)
+    assert late.diagnose(few) == {}
 
 
 def test_an_order_free_learner_cannot_tell_late_from_constant():
@@ -230,3 +264,23 @@ def test_weights_are_shares_whatever_their_sum():
 def test_the_mixture_depends_on_the_clocks_step_and_fraction_only():
     clocks = [Clock(step=90, fraction=0.9, tokens=n, seconds=n) for n in (0, 5)]
     assert feed().mixture(clocks[0], SOURCES) == feed().mixture(clocks[1], SOURCES)
+
+
+def test_a_runs_record_and_its_last_lines_tell_what_was_drawn(world, tmp_path, capsys):
+    recipe = {
+        "workload": world.workload("text/causal"), "size": "nano", "objective": "causal-lm",
+        "budget": "4step", "feed": {"type": "domain-upsampling", **DomainUpsampling.examples[0]},
+        "evaluate": [{"type": "bits-per-byte", "max_tokens": 2000}],
+    }  # fmt: skip
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps(recipe))
+    with pytest.raises(SystemExit) as ended:
+        main(["run", str(file), "--home", str(tmp_path / "home")])
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    records = [json.loads(f.read_text()) for f in (tmp_path / "home").glob("runs/*/*/run.json")]
+    (told,) = [r["metrics"]["diagnostics"] for r in records if "diagnostics" in r["metrics"]]
+    assert told["share of tokens drawn from late"] == pytest.approx(0.4, abs=0.05)
+    assert told["epochs of late"] > 0
+    for name in told:
+        assert name in said

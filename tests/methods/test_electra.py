@@ -359,6 +359,30 @@ def test_a_detector_that_ends_at_a_constant_guess_is_reported():
     assert part.diagnose(learned) == {}
 
 
+def test_the_end_of_a_run_is_told_by_accuracy_auc_share_replaced_and_loss_beside_the_floor():
+    tenth = {
+        "generator_accuracy": 0.4, "replaced_fraction": 0.09, "detection_auc": 0.8,
+        "detection_loss": 0.25, "detection_floor": 0.3,
+    }  # fmt: skip
+    logs = {name: [9.0] * 18 + [end - 0.1, end + 0.1] for name, end in tenth.items()}
+    found = ReplacedTokenDetection().summary(logs | {"loss": [1.0] * 20})
+    assert list(found) == [
+        "generator accuracy", "replaced fraction f", "detector AUC", "detector loss",
+        "detector loss of a constant guess, H(f)",
+    ]  # fmt: skip
+    assert list(found.values()) == pytest.approx(list(tenth.values()))
+
+
+def test_a_floor_over_all_positions_is_not_told_beside_a_loss_at_some():
+    logs = {"detection_loss": [0.4], "detection_floor": [0.3], "detection_auc": [0.7]}
+    found = ReplacedTokenDetection(variant="electra_15").summary(logs)
+    assert found == {"detector AUC": 0.7, "detector loss": 0.4}
+    assert ReplacedTokenDetection(variant="mlm").summary({"masked_accuracy": [0.5]}) == {
+        "masked accuracy": 0.5
+    }
+    assert ReplacedTokenDetection().summary({}) == {}
+
+
 def test_an_embedding_is_in_the_optimiser_once(tokenizer):
     f = Fixture(tokenizer)
     groups = AdamW().groups(f.model, f.extra)

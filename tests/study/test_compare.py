@@ -19,8 +19,9 @@ from maquette.errors import BadInput, RunFailed
 from maquette.methods.objectives.causal_lm import CausalLM
 from maquette.parts import Loss
 from maquette.study import execute
-from maquette.study.compare import compare, held_equal
+from maquette.study.compare import compare
 from maquette.study.models import export
+from maquette.study.reporting import held_equal
 from maquette.study.store import Store
 from maquette.study.study import parse_study
 

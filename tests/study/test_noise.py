@@ -6,7 +6,7 @@ import pytest
 from maquette.conformance.world import OPTIONS
 from maquette.errors import BadInput
 from maquette.recipe import parse_recipe
-from maquette.study.noise import measure_noise
+from maquette.study.noise import measure_noise, of_workload
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +52,19 @@ def test_too_few_seeds_and_an_unknown_metric_are_refused(recipe, world):
         measure_noise(recipe, store, OPTIONS, seeds=2)
     with pytest.raises(BadInput, match="no evaluation gives `speed`"):
         measure_noise(recipe, store, OPTIONS, metric="speed", seeds=3)
+
+
+@pytest.mark.parametrize(
+    ("workload", "objective"),
+    [
+        ("text/causal", "causal-lm"),
+        ("text/encoder", "masked-lm"),
+        ("text/seq2seq", "span-corruption"),
+    ],
+)
+def test_a_workload_stands_for_its_plain_objective_at_size_nano(workload, objective):
+    recipe = of_workload(workload, ["budget=3step"])[workload]
+    assert type(recipe.last.objective).type == objective
+    assert (recipe.last.size.name, str(recipe.last.budget)) == ("nano", "3step")
+    assert recipe.last.workload.corpus.path == "python:"
+    assert of_workload("quickstart") == {}

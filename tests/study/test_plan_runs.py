@@ -98,6 +98,15 @@ def test_an_ensemble_is_not_trained(world, init):
     assert caught.value.mend.startswith("budget: 0step")
 
 
+@pytest.mark.parametrize("kind", ["ensemble", "soup"])
+def test_members_of_one_seed_are_refused_when_the_recipe_is_read(world, kind):
+    last = {"name": "both", "init": {kind: ["x", "y"]}, "budget": "0step"}
+    data = plan(world, {"name": "x", "reseed": 1}, {"name": "y", "reseed": 1}, last)
+    with pytest.raises(BadInput, match="one run under two names") as caught:
+        parse_recipe(data)
+    assert "`reseed`" in caught.value.mend
+
+
 def test_epochs_are_passes_over_the_training_part(world):
     run = world.train(plan(world, {"name": "train"}, budget="2epoch"))
     trained = run.trained()

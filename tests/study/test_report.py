@@ -66,13 +66,13 @@ def _verdict(effect: float, half: float, arm: str, metric: str = "bits_per_byte"
 def _curves(rng: np.random.Generator, gap: float, speed: float) -> dict[str, Any]:
     steps = np.arange(1, 41)
     loss = 3.1 + 4.2 * steps**-0.55 + rng.normal(0, 0.03, 40)
-    bits = 1.9 + gap + 1.6 * steps**-0.8 + rng.normal(0, 0.006, 40)
+    held_out = 3.1 + gap + 1.6 * steps**-0.8 + rng.normal(0, 0.006, 40)
     return {
         "flops": (steps * 7.5e13).tolist(),
         "seconds": (steps * 9.1 * speed).tolist(),
         "tokens": (steps * 5e5).tolist(),
         "train_loss": loss.tolist(),
-        "metric": [float(b) if i % 4 == 3 else None for i, b in enumerate(bits)],
+        "held_out_loss": [float(b) if i % 4 == 3 else None for i, b in enumerate(held_out)],
     }
 
 
@@ -276,11 +276,11 @@ def test_losses_that_are_not_numbers_become_null_and_leave_gaps(tmp_path: Path) 
     report = sample()
     curves = report["arms"][1]["curves"]["0"]
     curves["train_loss"][5] = math.nan
-    curves["metric"] = [math.inf] * 40
+    curves["held_out_loss"] = [math.inf] * 40
     paths = render(report, tmp_path)
     stored = json.loads(paths["json"].read_text(encoding="utf-8"))["arms"][1]["curves"]["0"]
     assert stored["train_loss"][5] is None
-    assert stored["metric"][0] is None
+    assert stored["held_out_loss"][0] is None
     assert "NaN" not in paths["json"].read_text(encoding="utf-8")
 
 
@@ -293,13 +293,54 @@ def test_report_without_a_verdict_or_curve_still_renders(tmp_path: Path) -> None
     assert "disk full" in text
 
 
-def test_curves_without_the_metric_show_losses_and_say_they_do_not_compare() -> None:
+def _drawn(report: dict[str, Any]) -> list[str]:
+    """The SVG drawings of learning curves, in the page's order."""
+    page = render_html(Report.model_validate(report))
+    return [svg.split("</svg>")[0] for svg in page.split("<svg") if 'aria-label="loss' in svg]
+
+
+def test_losses_of_one_kind_share_axes_and_of_two_kinds_do_not() -> None:
     report = sample()
+    together = _drawn(report)
+    assert len(together) == 2  # over FLOPs and over seconds
+    assert all("var(--baseline)" in svg and "var(--arm-0)" in svg for svg in together)
+    report["arms"][1]["loss"] = "replaced-token-detection"
+    apart = _drawn(report)
+    assert len(apart) == 4
+    with_colour = [[f"var(--{name})" in svg for svg in apart] for name in ("baseline", "arm-0")]
+    assert with_colour == [[True, True, False, False], [False, False, True, True]]
+    assert "not comparable with each other" in Page(render_html(Report.model_validate(report))).text
+
+
+def test_held_out_loss_is_drawn_beside_the_training_loss() -> None:
+    report = sample()
+    both = _drawn(report)[0]
     for arm in report["arms"]:
         for curve in arm.get("curves", {}).values():
-            curve["metric"] = None
-    text = Page(render_html(Report.model_validate(report))).text
-    assert "not comparable with each other" in text
+            curve["train_loss"] = [None] * 40
+    held_out = _drawn(report)[0]
+    for arm in report["arms"]:
+        for curve in arm.get("curves", {}).values():
+            curve["held_out_loss"] = [None] * 40
+    assert len(both) > len(held_out)
+    assert _drawn(report) == []
+
+
+def test_too_early_stands_before_the_verdicts_and_untrained_beside_the_arms(tmp_path: Path) -> None:
+    said = "Too early to compare: no arm is better than the untrained model."
+    report = sample() | {
+        "too_early": said,
+        "untrained": {"values": {"0": 1.93, "1": None}, "mean": 1.93},
+    }
+    paths = render(report, tmp_path)
+    shown = Page(paths["html"].read_text(encoding="utf-8")).text
+    assert shown.index(said) < shown.index("Helps ·")
+    assert "untrained 1.9300 –" in shown
+    lines = paths["md"].read_text(encoding="utf-8").splitlines()
+    assert lines.index(f"**{said}**") < next(i for i, x in enumerate(lines) if "**Helps.**" in x)
+    assert "| untrained | 1.9300 | – | – | – | – | 1.9300 |" in lines
+    assert json.loads(paths["json"].read_text(encoding="utf-8"))["too_early"] == said
+    assert "Too early" not in Page(render_html(Report.model_validate(sample()))).text
 
 
 def test_unknown_field_is_refused_with_its_place(tmp_path: Path) -> None:

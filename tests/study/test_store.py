@@ -465,6 +465,39 @@ def test_studies_keep_their_text_runs_and_verdicts(store: Store) -> None:
         store.save_verdict("99999999", "a", {})
 
 
+def test_a_study_is_recorded_with_the_folder_it_was_asked_in(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store.save_study(STUDY, "question: x\n", "done")
+    assert [study.folder for study in store.list_studies()] == [str(tmp_path)]
+    for file in store.home.glob("index.sqlite*"):
+        file.unlink()
+    assert [study.folder for study in Store(store.home).list_studies()] == [str(tmp_path)]
+
+
+def test_a_store_that_knows_no_folders_is_read_and_gains_them_when_written(store: Store) -> None:
+    store.save_study(STUDY, "question: x\n", "done")
+    with sqlite3.connect(store.index.path) as db:
+        db.execute("DROP TABLE study_folders")
+    db.close()
+    old = Store(store.home, read_only=True)
+    assert [study.folder for study in old.list_studies()] == [""]
+    Store(store.home).save_study(STUDY, "question: x\n", "done")
+    assert [study.folder for study in old.list_studies()] == [str(Path.cwd())]
+
+
+def test_a_store_named_by_a_relative_path_stays_the_same_one_in_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = Store("home")
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    assert store.list_runs() == []
+    assert store.home == tmp_path / "home"
+
+
 def test_a_prefix_finds_one_digest_or_says_why_not(store: Store) -> None:
     plan(store, A)
     plan(store, B)

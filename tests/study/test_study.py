@@ -5,6 +5,7 @@ import copy
 import pytest
 
 from maquette.errors import BadInput
+from maquette.study.execute import pick_device
 from maquette.study.study import built_in, load_study, parse_study
 
 BASE = {
@@ -96,6 +97,9 @@ def test_another_corpus_in_an_earlier_stage_is_allowed():
         ({"metric": 3}, "metric.name"),
         ({"amortise_over": "often"}, "amortise_over"),
         ({"amortise_over": 0}, "amortise_over"),
+        ({"above_untrained": 0}, "above_untrained"),
+        ({"above_untrained": "2%"}, "above_untrained"),
+        ({"above_untrained": 0.1, "arms": {"plain": {}, "untrained": {}}}, "arms.untrained"),
         ({"metric": {"name": "bits-per-byte", "smallest_effect": "big"}}, "metric.smallest_effect"),
         ({"metric": {"name": "bits-per-byte", "smallest_effect": -1}}, "metric.smallest_effect"),
     ],
@@ -137,6 +141,7 @@ def test_words_for_people_are_not_in_the_digest():
         {"budget": "201step"},
         {"size": "1m"},
         {"amortise_over": 3},
+        {"above_untrained": 0.02},
         {"evaluate": [{"type": "bits-per-byte", "max_tokens": 5000}]},
         {"arms": {"plain": {}, "prefix": {"objective": "prefix-lm", "optim": "galore"}}},
         {"arms": {"plain": {}, "renamed": {"objective": "prefix-lm"}}},
@@ -147,8 +152,14 @@ def test_the_rule_and_every_arm_are_in_the_digest(over):
     assert study(**over).digest != study().digest
 
 
+def test_a_study_without_a_margin_above_untrained_is_written_out_as_before_there_was_one():
+    assert "above_untrained" not in study().spec()
+
+
 def test_a_study_written_out_reads_back_with_its_digest():
-    found = study(arms={"plain": {}, "spans": {"objective": "span-corruption"}})
+    found = study(
+        arms={"plain": {}, "spans": {"objective": "span-corruption"}}, above_untrained=0.02
+    )
     again = parse_study(found.spec(), name="again")
     assert again.digest == found.digest
 
@@ -174,4 +185,32 @@ def test_an_unknown_study_and_a_recipe_are_refused_with_what_to_do(tmp_path):
 
 
 def test_an_override_changes_a_built_in_study():
-    assert load_study("electra", ["seeds=7", "size=nano"]).seeds == tuple(range(7))
+    found = load_study("electra", ["seeds=7", "size=nano"])
+    assert found.seeds == tuple(range(7))
+    assert (found.given, found.overrides) == ("electra", ("seeds=7", "size=nano"))
+
+
+def test_the_untrained_reference_is_the_baseline_without_steps_and_no_arm():
+    found = study(above_untrained=0.02, evaluate=["bits-per-byte", "origin-probe"])
+    reference = found.untrained()
+    assert not reference.last.trains
+    assert reference.last.objective == found.arms["plain"].last.objective
+    assert [type(audit).type for audit in reference.evaluate] == ["bits-per-byte"]
+    assert list(found.arms) == ["plain", "prefix"]
+    assert (study().n_runs, found.n_runs) == (6, 9)
+
+
+# --- devices -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bogus", "cuda:x", "meta", "cuda:99", "cpu:1", ""])
+def test_a_device_that_is_not_there_is_refused_before_anything_runs(name):
+    with pytest.raises(BadInput) as caught:
+        pick_device(name)
+    assert caught.value.key == "--device"
+    assert "cpu" in caught.value.mend
+
+
+def test_the_processor_is_always_there():
+    assert pick_device("cpu").type == "cpu"
+    assert pick_device("auto").type in ("cuda", "mps", "cpu")

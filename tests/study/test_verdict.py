@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Literal
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -18,6 +21,7 @@ from maquette.study.verdict import (
     judge,
     resolve_smallest_effect,
     rules_disagree,
+    too_early,
     word_of,
 )
 
@@ -87,6 +91,34 @@ def test_the_sentence_carries_the_numbers(low: float, high: float, parts: tuple[
         assert part in verdict.sentence
     assert verdict.sentence.endswith(".")
     assert verdict.sentence.count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("arms", "direction", "early"),
+    [
+        ({"a": 0.50, "b": 0.51}, "higher", True),
+        ({"a": 0.50, "b": 0.53}, "higher", False),
+        ({"a": 0.50, "b": 0.40}, "higher", True),
+        ({"a": 0.50, "b": 0.40}, "lower", False),
+        ({"a": 0.75, "b": 0.625}, "higher", False),
+        ({"a": math.nan, "b": 0.5}, "higher", True),
+        ({}, "higher", False),
+    ],
+)
+def test_it_is_too_early_until_one_arm_is_better_than_untrained_by_more_than_the_margin(
+    arms: dict[str, float], direction: Literal["higher", "lower"], early: bool
+) -> None:
+    said = too_early(arms, 0.5, metric="accuracy", direction=direction, margin=0.02)
+    assert bool(said) == early
+    at_the_margin = too_early({"a": 0.75}, 0.5, metric="accuracy", direction="higher", margin=0.25)
+    assert at_the_margin.startswith("Too early to compare")
+
+
+def test_the_sentence_of_too_early_gives_both_numbers_and_the_margin() -> None:
+    arms = {"masked": 0.411, "electra": 0.418}
+    said = too_early(arms, 0.405, metric="accuracy", direction="higher", margin=0.02)
+    for part in ("more than 0.02 in accuracy", "0.405 untrained", "electra with 0.418"):
+        assert part in said
 
 
 def pair(differences: list[float]) -> Paired:

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from maquette.errors import BadInput
+from maquette.parts import find
 from maquette.recipe import parse_recipe
 from maquette.study.execute import make_ctx
 from maquette.training.distributed import Team
-from maquette.training.feeding import Feeder
+from maquette.training.feeding import Feeder, check_feed
 
 
 def setting(world, seed=0, **over):
@@ -116,3 +117,55 @@ def test_a_corpus_shorter_than_a_row_is_refused(world):
 
     with pytest.raises(BadInput, match="7 tokens, one row takes 32"):
         Feeder(stage, Short(), ctx)
+
+
+UPSAMPLED = MIX | {"fraction": 0.2}
+REPEATED = MIX | {"upsampled": {"late": 1.0}}
+
+
+def fed(world, feed, budget):
+    """What `check_feed` takes."""
+    stage, corpus, ctx = setting(world, feed=feed, budget=budget)
+    return stage, corpus.train, ctx
+
+
+@pytest.mark.parametrize(
+    ("feed", "budget", "message"),
+    [
+        (UPSAMPLED, "4step", "fraction 0.2 of 4 steps is shorter than one step"),
+        (UPSAMPLED, "1step", "fraction 0.2 of 1 steps is shorter than one step"),
+        (REPEATED, "4000step", "more than max_epochs"),
+    ],
+)
+def test_what_a_mixture_would_refuse_on_the_way_is_refused_before_the_first_step(
+    world, feed, budget, message
+):
+    with pytest.raises(BadInput, match=message):
+        check_feed(*fed(world, feed, budget))
+    check_feed(*fed(world, feed, "40step"))
+
+
+def test_a_source_without_a_row_is_found_though_only_the_last_phase_draws_from_it(world):
+    class Late(find("feed", "as-is")):
+        type = "as-is"
+
+        def mixture(self, clock, sources):
+            return {"orchard": 1.0} if clock.fraction < 0.9 else {"nowhere": 1.0}
+
+    with pytest.raises(BadInput, match="`nowhere` has 0 tokens"):
+        check_feed(*fed(world, Late(), "1000step"))
+
+
+class Tiny:
+    """A training part of five rows of 32 tokens; a batch takes 32 rows."""
+
+    n_tokens, domain_tokens = 160, {}
+
+
+def test_a_training_part_below_one_batch_is_refused_unless_the_budget_counts_epochs(world):
+    stage, _, ctx = setting(world)
+    with pytest.raises(BadInput, match="holds 5 rows of 32 tokens, one step takes 32") as caught:
+        Feeder(stage, Tiny(), ctx)
+    assert "8epoch" in caught.value.mend
+    stage, _, ctx = setting(world, budget="8epoch")
+    assert sorted(Feeder(stage, Tiny(), ctx).starts(0)[:5] // 32) == [0, 1, 2, 3, 4]

@@ -124,7 +124,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoi
 ):
     store = Store(home)
     data = recipe(world, objective={"type": "breaks-at-step", "at": 5})
-    with pytest.raises(RunFailed, match=r"loss is nan.* at step 5") as caught:
+    with pytest.raises(RunFailed, match=r"loss is nan.* at step 5; .*step 5 is kept") as caught:
         execute(parse_recipe(data), 0, store, EVERY_STEP)
     [record] = store.list_runs()
     assert record.status == "failed"
@@ -132,6 +132,8 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoi
     assert "learning_rate" in caught.value.mend
     assert checkpoint.newest(store.run_dir(record.digest) / "state").step == 5
     assert len(read_metrics(store.run_dir(record.digest) / "metrics.jsonl")) > 0
+    with pytest.raises(RunFailed, match="at step 5; the run is stopped, it had no checkpoint yet"):
+        execute(parse_recipe(data), 1, store, OPTIONS)
 
 
 # --- going on ------------------------------------------------------------------------------------

@@ -38,14 +38,28 @@ class Common:
     """The store; MAQUETTE_HOME, else ~/.maquette."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
-    seed: int = 0
-    """Root seed of a single run, first one of an A/A."""
+    seed: int | None = None
+    """Root seed of a single run or an audit, first one of an A/A; 0. A study has its own seeds."""
     debug: Annotated[bool, Parameter(negative=())] = False
     """Show the traceback of an error."""
     usd_per_hour: float | None = None
     """Price of this machine, for costs and budgets in dollars; MAQUETTE_USD_PER_HOUR."""
     verbose: Annotated[bool, Parameter(name=["--verbose", "-v"], negative=())] = False
     """Log what was decided and why."""
+
+    @property
+    def root_seed(self) -> int:
+        return self.seed or 0
+
+    def refuse_seed(self, count: int) -> None:
+        """BadInput where `--seed` was given for a study, which runs under `count` seeds."""
+        if self.seed is not None:
+            seeds = ", ".join(str(self.seed + i) for i in range(count))
+            raise BadInput(
+                "a study runs under its own seeds",
+                key="--seed",
+                mend=f"`seeds: [{seeds}]` in the study, or --set 'seeds=[{seeds}]'",
+            )
 
     def store(self, *, read_only: bool = False) -> Store:
         from maquette.study.store import Store

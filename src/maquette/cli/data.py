@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from cyclopts import Parameter
 
 from maquette.cli.base import Common, app, say
 
@@ -17,6 +19,7 @@ def curate(
     *,
     engine: str = "in-process",
     ray: str | None = None,
+    allow_empty: Annotated[bool, Parameter(negative=())] = False,
     common: Common = Common(),
 ) -> None:
     """The data parts alone: read SOURCE, drop duplicates, apply the recipe's `data`, write TARGET.
@@ -35,6 +38,8 @@ def curate(
         in-process, or daft: all cores of this machine. The files are the same to the byte.
     ray
         With daft, the Ray cluster this machine is a node of: HOST:PORT, auto, or local.
+    allow_empty
+        Write an empty TARGET where the data parts drop every document; refused otherwise.
     """
     from maquette import console
     from maquette.config import load_yaml
@@ -43,8 +48,9 @@ def curate(
     cache = common.store().home / "cache"
     with console.CorpusProgress(quiet=common.as_json) as told:
         card = curate_to(
-            load_yaml(recipe), recipe, source, target, cache, engine=engine, ray=ray, tell=told
-        )
+            load_yaml(recipe), recipe, source, target, cache,
+            engine=engine, ray=ray, allow_empty=allow_empty, tell=told,
+        )  # fmt: skip
     say(common, card, "\n".join(_summary(card)))
 
 

@@ -77,6 +77,7 @@ def forecast(
         from maquette.study.study import load_study
 
         asked = load_study(str(study), sets or [])
+        common.refuse_seed(len(asked.seeds))
         given = {"sizes": sizes, "budget": budget, "target": target}
         over = {name: value for name, value in given.items() if value is not None}
         spec = (asked.ladder.spec() if asked.ladder else {}) | over

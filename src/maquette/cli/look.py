@@ -14,14 +14,14 @@ What = Literal["methods", "workloads", "studies", "runs", "parts"]
 
 @app.command
 def ls(what: What = "studies", *, common: Common = Common()) -> None:
-    """List methods, workloads, built-in studies, runs or parts."""
+    """List methods, workloads, parts, the runs of the store, or studies: built in and stored."""
     from maquette import listing
 
     rows = listing.rows(what, common.home)
     if common.as_json:
         say(common, rows)
     else:
-        listing.show(what, rows)
+        listing.show(what, rows, common.home)
 
 
 @app.command

@@ -21,6 +21,8 @@ def check(file: str, *, sets: Sets | None = None, common: Common = Common()) -> 
     from maquette.study.check import plan
 
     recipes, seeds = load_recipes(file, sets or [])
+    if len(recipes) > 1:
+        common.refuse_seed(seeds)
     store, options = common.store(), common.options()
     plans = {name: plan(recipe, store, options) for name, recipe in recipes.items()}
     if common.as_json:
@@ -76,7 +78,7 @@ def run(
         device = pick_device(options.device)
         options.team.lead(lambda: prepare_corpora([chosen], store, device, progress.corpus))
         [done] = run_tasks(
-            [Task(arm or "run", common.seed, chosen)],
+            [Task(arm or "run", common.root_seed, chosen)],
             store, options, HERE, progress.step, progress.ended,
         )  # fmt: skip
     options.team.lead(lambda: _finish_run(done, store, common))
@@ -84,13 +86,18 @@ def run(
 
 def _finish_run(done: Any, store: Store, common: Common) -> None:
     from maquette.errors import RunFailed
+    from maquette.figures import number
 
     if done.digest is None:
         raise RunFailed(done.failure)
     record = store.run(done.digest)
     folder = store.run_dir(record.metrics["stages"][-1])
     numbers = {k: v for k, v in record.metrics.items() if isinstance(v, float)}
-    text = "\n".join([*(f"{k}  {v:.4f}" for k, v in numbers.items()), f"model  {folder / 'model'}"])
+    told = store.run(folder.name).metrics.get("diagnostics", {})
+    lines = [*(f"{k}  {v:.4f}" for k, v in numbers.items())]
+    lines += [f"{name}  {number(value)}" for name, value in told.items()]
+    lines += [f"note: {name}: {why}" for name, why in record.metrics.get("warnings", {}).items()]
+    text = "\n".join([*lines, f"model  {folder / 'model'}"])
     say(common, {"digest": done.digest, "metrics": record.metrics, "folder": str(folder)}, text)
 
 

@@ -135,6 +135,13 @@ def prepare(
             mend="0.05 is usual",
         )
     fractions = {"held_out": held_out_fraction, "dev": dev_fraction}
+    if tokenizer.type == tokenizers.FROM_DEV and not dev_fraction:
+        raise BadInput(
+            f"`{tokenizers.FROM_DEV}` trains a tokenizer on a part that is empty",
+            where=spec.path,
+            key="dev_fraction",
+            mend="0.1, or `tokenizer: null` to train it on the training part",
+        )
     base, top = _layers(spec, rules, fractions, ops, cache, ctx, InProcess(), tell)
     dropped_files = [folder / "dropped.parquet" for folder in dict.fromkeys((base, top))]
     trained = _tokenizer_folder(tokenizer, base, cache, tell)
@@ -175,18 +182,21 @@ def curate(
     ctx: Any = None,
     engine: Engine | None = None,
     progress: Progress | None = None,
+    allow_empty: bool = False,
 ) -> Curated:
     """Read a corpus, remove duplicates and apply data parts; cached like `prepare`.
 
     engine: who does the row-wise work, this process by default. The result is the same to the
     byte, which is why the cache does not tell engines apart.
+    allow_empty: data parts may drop every document, which is refused otherwise.
     """
     spec = CorpusSpec.model_validate(spec)
     none = {"held_out": 0.0, "dev": 0.0}
     # Nothing is split, so nothing need stay on one side of a split.
     rules = (dedup or DedupSpec()).model_copy(update={"group": None})
     tell = progress or (lambda *_: None)
-    base, top = _layers(spec, rules, none, ops, Path(cache), ctx, engine or InProcess(), tell)
+    running, cache = engine or InProcess(), Path(cache)
+    base, top = _layers(spec, rules, none, ops, cache, ctx, running, tell, allow_empty)
     folders = tuple(dict.fromkeys((base, top)))
     first = read_card(base)
     card = {
@@ -207,6 +217,7 @@ def _layers(
     ctx: Any,
     engine: Engine,
     tell: Progress,
+    allow_empty: bool = False,
 ) -> tuple[Path, Path]:
     """Folders of the documents, and of what data parts left of the training part."""
     key = digest(_FORMAT, spec.model_dump(), rules.model_dump(), fractions, fingerprint(spec))
@@ -216,11 +227,10 @@ def _layers(
     if not ops:
         return base, base
     read = {name: ctx.stage(name).digest for op in ops for name in op.reads()}
-    key = digest(_FORMAT, base.name, [op.digest_key() for op in ops], *([read] if read else []))
-    source = base / "train.parquet"
-    top = built_once(
-        cache, f"curated-{key}", lambda to: run_steps(source, ops, ctx, engine, to, tell)
-    )
+    facts = [*([read] if read else []), *(["may be empty"] if allow_empty else [])]
+    key = digest(_FORMAT, base.name, [op.digest_key() for op in ops], *facts)
+    steps = partial(run_steps, base / "train.parquet", ops, ctx, engine, allow_empty=allow_empty)
+    top = built_once(cache, f"curated-{key}", lambda to: steps(to, tell))
     if ctx is not None:
         # What the parts cost is paid by every run that uses them, whoever computed them first.
         ctx.ledger.add(type(ctx.ledger).from_dict(read_card(top)["ledger"]))
@@ -324,13 +334,13 @@ def _tokenizer_folder(spec: TokenizerSpec, base: Path, cache: Path, tell: Progre
             return {"digest": tokenizers.content_digest(loaded), "vocabulary": len(loaded)}
 
     else:
-        source = [] if spec.type == "bytes" else [base.name]
-        key = digest(_FORMAT, spec.model_dump(), source)
+        source = base / ("dev.parquet" if spec.type == tokenizers.FROM_DEV else "train.parquet")
+        key = digest(_FORMAT, spec.model_dump(), [] if spec.type == "bytes" else [base.name])
 
         def build(to: Path) -> dict[str, Any]:
             limit = parse_bytes(spec.sample)
             tell("train tokenizer", 0, limit)
-            batches = table.sample(base / "train.parquet", limit)
+            batches = table.sample(source, limit)
             texts = (t for batch in batches for t in batch["text"].to_pylist())
             made = tokenizers.train(spec, texts)
             made.save_pretrained(to)

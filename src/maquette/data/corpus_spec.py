@@ -31,7 +31,7 @@ class CorpusSpec(BaseModel):
     """Configuration of a hub dataset."""
     revision: str | None = None
     """Revision of a hub dataset. What is prepared once is not asked for again: pin it."""
-    limit: str | None = None
+    limit: str | None = Field(default=None, examples=["64MB"])
     """Size such as `64MB`: documents in the order of a hash of their id until it is reached, so
     that a larger limit holds every document of a smaller one (a hub dataset: its first ones)."""
     min_chars: int = Field(default=1, ge=0)

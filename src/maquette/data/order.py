@@ -183,11 +183,10 @@ class MixtureOrder:
             for name, a, n in zip(self.names, start, taken, strict=True)
         }
 
-    def shares(self) -> dict[str, float]:
-        """Realised fraction of rows of each source up to the last step asked for."""
-        total = max(1, int(self._counts.sum()))
-        return {n: float(c) / total for n, c in zip(self.names, self._counts, strict=True)}
-
-    def epochs(self) -> dict[str, float]:
-        """Passes over each source so far, with fractions."""
-        return {n: float(c) / self.rows[n] for n, c in zip(self.names, self._counts, strict=True)}
+    def counts(self, steps: int) -> dict[str, int]:
+        """Rows of each source in the first `steps` batches."""
+        if self._step != steps:
+            self._rewind()
+            while self._step < steps:
+                self._advance()
+        return {n: int(c) for n, c in zip(self.names, self._counts, strict=True)}

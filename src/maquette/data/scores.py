@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from maquette.data.documents import byte_lengths, hash_ids
 from maquette.data.score_cache import Scorer, cached_scores, open_cache, scoring_key
-from maquette.errors import BadInput
+from maquette.errors import BadInput, KeepsNothing
 
 __all__ = ["Scorer", "cached_scores", "open_cache", "scoring_key"]
 
@@ -159,7 +159,7 @@ def decide_cut(
     side: Side,
     name: str,
 ) -> Cut:
-    """The cut at a given threshold or kept fraction; BadInput if it keeps no document."""
+    """The cut at a given threshold or kept fraction; KeepsNothing if it keeps no document."""
     if threshold is not None:
         cut = Cut(threshold, side)
     elif keep is not None:
@@ -168,7 +168,7 @@ def decide_cut(
         raise ValueError("a cut needs a threshold or a kept fraction, got neither")
     if len(scores) and not cut.keep(scores, ids).any():
         low, middle, high = np.quantile(scores, [0, 0.5, 1])
-        raise BadInput(
+        raise KeepsNothing(
             f"the threshold {cut.threshold:g} ({side} side) keeps 0 of {len(scores)} documents; "
             f"their {name} scores run from {low:g} over {middle:g} (median) to {high:g}",
             key="threshold",

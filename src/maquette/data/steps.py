@@ -18,7 +18,7 @@ from maquette.data.documents import SCHEMA
 from maquette.data.engines import Engine
 from maquette.data.selection import IndexColumns, Limit, index_table, parse_take
 from maquette.data.table import DROPPED, DocumentWriter, stored
-from maquette.errors import BadInput
+from maquette.errors import KeepsNothing
 
 FIT_SAMPLE_BYTES = 16 << 20
 _NUMBER = re.compile(r"(?<![\w.])-?\d[\d.e+-]*")
@@ -80,13 +80,21 @@ def reason_of(why: str) -> str:
 
 
 def run_steps(
-    source: Path, steps: Sequence[Step], ctx: Any, engine: Engine, to: Path, tell: Progress
+    source: Path,
+    steps: Sequence[Step],
+    ctx: Any,
+    engine: Engine,
+    to: Path,
+    tell: Progress,
+    *,
+    allow_empty: bool = False,
 ) -> dict[str, Any]:
     """Write `train.parquet` and `dropped.parquet`; each step sees what the one before left.
 
+    allow_empty: a step may drop every document; those after it then have nothing to do.
     Returns {"ops": [{part, dropped by reason, warnings}], "train": {documents, bytes, digest},
     "ledger": what the parts billed}.
-    Raises BadInput if a step leaves no document.
+    Raises KeepsNothing if a step leaves no document and may not.
     """
     first, stages = source, []
     if ctx is not None:
@@ -97,21 +105,41 @@ def run_steps(
             name = _name(step)
             target = to / f"stage-{n}.parquet"
             run = _select if isinstance(step, Selector) else _apply
-            out, why, warnings = run(step, source, target, left_out, ctx, engine, tell)  # type: ignore[arg-type]
-            if out.documents == 0:
-                raise BadInput(
+            try:
+                out, why, warnings = run(step, source, target, left_out, ctx, engine, tell)  # type: ignore[arg-type]
+            except KeepsNothing:
+                if not allow_empty:
+                    raise
+                out, why, warnings = _drop_all(source, target, left_out, name)
+            if out.documents == 0 and not allow_empty:
+                raise KeepsNothing(
                     f"the data part dropped all documents ({dict(why)})",
                     where=name,
-                    mend="loosen its thresholds or give a larger corpus",
+                    mend="loosen its thresholds or give a larger corpus; `maquette curate "
+                    "--allow-empty` writes an empty one",
                 )
             stages.append({"part": name, "dropped": dict(why), "warnings": warnings})
             if source != first:
                 source.unlink()
             source = target
+            if out.documents == 0:
+                break
     source.rename(to / "train.parquet")
     counts = {"documents": out.documents, "bytes": out.bytes, "digest": out.digest}
     ledger = ctx.ledger.as_dict() if ctx is not None else None
     return {"ops": stages, "train": counts, "ledger": ledger}
+
+
+def _drop_all(
+    source: Path, target: Path, left_out: DocumentWriter, name: str
+) -> tuple[DocumentWriter, Counter[str], dict[str, str]]:
+    """What `_apply` gives for a part that found while it was fitted that it would keep nothing."""
+    reason, why = f"{name} keeps no document", Counter[str]()
+    with DocumentWriter(target) as out:
+        for batch in stored(source):
+            left_out.write(table.dropped(batch, [reason] * batch.num_rows))
+            why[reason] += batch.num_rows
+    return out, why, {}
 
 
 def _apply(

@@ -10,6 +10,7 @@ import torch
 
 from maquette.recipe import Recipe, Stage
 from maquette.study.execute import Options, choose_precision_for, make_ctx, pick_device
+from maquette.study.located import located
 from maquette.study.models import build
 from maquette.study.store import Store
 from maquette.training import loop
@@ -45,21 +46,21 @@ class StagePlan:
 def plan(recipe: Recipe, store: Store, options: Options) -> list[StagePlan]:
     """The plan of every stage that needs no other. Prepares the corpora (cached for the run)."""
     return [
-        _plan_stage(stage, store, options)
+        _plan_stage(recipe, stage, store, options)
         for stage in recipe.stages
         if stage.trains and not stage.node().needs
     ]
 
 
-def _plan_stage(stage: Stage, store: Store, options: Options) -> StagePlan:
+def _plan_stage(recipe: Recipe, stage: Stage, store: Store, options: Options) -> StagePlan:
     device = pick_device(options.device)
     ctx = make_ctx(stage, 0, store, device)
-    corpus = stage.workload.prepare(ctx, stage.special_tokens, stage.data)
-    ctx = replace(ctx, corpus=corpus, tokenizer=corpus.tokenizer)
-    model = build(stage, corpus, ctx, store.home / "none")
-    run, feeder = loop.start(
-        stage, corpus, model, ctx, choose_precision_for(options, device), options.settings, None
-    )
+    with located(recipe, store.home, stage):
+        corpus = stage.workload.prepare(ctx, stage.special_tokens, stage.data)
+        ctx = replace(ctx, corpus=corpus, tokenizer=corpus.tokenizer)
+        model = build(stage, corpus, ctx, store.home / "none")
+        precision = choose_precision_for(options, device)
+        run, feeder = loop.start(stage, corpus, model, ctx, precision, options.settings, None)
     batches = feeder.batches(0)
     first, later = _time_steps(lambda: stage.optim.step(run, batches))
     flops = run.horizon.steps * run.horizon.flops_per_step + run.horizon.side_flops

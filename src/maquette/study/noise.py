@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from maquette import parts
+from maquette.config import set_dotted
 from maquette.errors import BadInput, RunFailed
-from maquette.recipe import Recipe
+from maquette.recipe import Recipe, parse_recipe
 from maquette.study.execute import Options
 from maquette.study.pool import HERE, Place, Task, TaskDone, run_tasks
 from maquette.study.statistics import MIN_SEEDS, paired, power, seeds_needed
@@ -16,6 +19,10 @@ from maquette.study.store import Store
 from maquette.study.verdict import Verdict, judge, resolve_smallest_effect
 from maquette.training.loop import Progress
 
+OBJECTIVES = {"causal-lm": "causal-lm", "masked-lm": "masked-lm", "seq2seq-lm": "span-corruption"}
+"""The plain objective of a workload, by the head it trains."""
+OF_WORKLOAD = {"size": "nano", "budget": "200step"}
+CORPUS = {"path": "python:", "limit": "24MB"}
 EFFECTS = ("0.5%", "1%", "2%", "5%")
 
 
@@ -43,6 +50,24 @@ class Noise:
     paired_sd: float
     verdict: Verdict
     powers: tuple[Power, ...]
+
+
+def of_workload(name: str, overrides: Sequence[str] = ()) -> dict[str, Recipe]:
+    """The recipe that stands for a workload, by its slug; empty when no workload is called so.
+
+    Its plain objective at size nano for 200 steps, on the Python code of this machine.
+    overrides: `key=value`; a workload with a head of its own needs `objective` among them.
+    """
+    found = next((cls for cls in parts.parts("workload") if cls.type == name), None)
+    if found is None:
+        return {}
+    assert issubclass(found, parts.Workload)
+    data: dict[str, Any] = {"workload": {"type": name, "corpus": CORPUS}, **OF_WORKLOAD}
+    if found.head in OBJECTIVES:
+        data["objective"] = OBJECTIVES[found.head]
+    for assignment in overrides:
+        data = set_dotted(data, assignment)
+    return {name: parse_recipe(data, where=name)}
 
 
 def measure_noise(

@@ -217,38 +217,45 @@ def mean_curve(lines: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarr
 
 def curves(
     lines: Sequence[Curve],
+    faint: Sequence[Curve],
     baseline: str,
     arms: Sequence[str],
     x_label: str,
     y_label: str,
     prefix: str,
 ) -> str:
-    """Learning curves as inline SVG: seeds thin, their mean thick, the baseline dashed grey.
+    """Learning curves as inline SVG: seeds as dots, their mean thick, the baseline dashed grey.
 
+    faint: another, noisier series, of which the mean alone is drawn, thin.
     arms: names in the order of their colours, without the baseline. Returns "" without any point.
     """
     import matplotlib as mpl
 
-    by_arm = {
-        arm: [p for c in lines if c.arm == arm and len((p := _points(c))[0])]
-        for arm in (baseline, *arms)
-    }
-    reach = [x[-1] for points in by_arm.values() for x, _ in points]
+    by_arm, behind = (
+        {
+            arm: [p for c in of if c.arm == arm and len((p := _points(c))[0])]
+            for arm in (baseline, *arms)
+        }
+        for of in (lines, faint)
+    )
+    reach = [x[-1] for some in (by_arm, behind) for points in some.values() for x, _ in points]
     if not reach:
         return ""
     divisor, suffix = _scale(max(reach))
     with mpl.rc_context(STYLE):
         figure, axes = new_figure(4.2, 3.1)
         for arm, points in by_arm.items():
-            if not points:
-                continue
             index = arms.index(arm) if arm in arms else 0
             colour = BASE if arm == baseline else f"#0707{index % N_COLOURS:02x}"
             dash = (0, (4, 2)) if arm == baseline else DASHES[index // N_COLOURS % len(DASHES)]
-            for x, y in points:
-                axes.plot(x / divisor, y, color=colour, linewidth=0.8, alpha=0.4)
-            x, y = mean_curve(points)
-            axes.plot(x / divisor, y, color=colour, linewidth=2, linestyle=dash)
+            if behind[arm]:
+                x, y = mean_curve(behind[arm])
+                axes.plot(x / divisor, y, color=colour, linewidth=0.7, alpha=0.5)
+            if points:
+                for x, y in points:
+                    axes.plot(x / divisor, y, ".", color=colour, markersize=3, alpha=0.5)
+                x, y = mean_curve(points)
+                axes.plot(x / divisor, y, color=colour, linewidth=2, linestyle=dash)
         axes.set_xlim(left=0)
         axes.set_xlabel(x_label + suffix)
         axes.set_ylabel(plain(y_label, 44))

@@ -48,16 +48,17 @@ class Metric(_Part):
 
 
 class Curves(_Part):
-    """One run's learning curve: equally long lists, one entry per logged step.
+    """One run's learning curve: equally long lists, one entry per logged line.
 
-    metric: the primary metric where it was measured on the way, else None.
+    A line tells of a step (`train_loss`) or of a look at held-out rows (`held_out_loss`, the
+    objective's own loss there); the other of the two is None. All costs are those so far.
     """
 
     flops: list[Number]
     seconds: list[Number]
     tokens: list[Number]
     train_loss: list[Number]
-    metric: list[Number] | None = None
+    held_out_loss: list[Number] = Field(default_factory=list)
 
 
 class Secondary(_Part):
@@ -77,7 +78,10 @@ class Diagnostic(_Part):
 
 
 class Arm(_Part):
-    """One arm. values: metric per seed. ledger: cause -> unit -> total over the arm's seeds."""
+    """One arm. values: metric per seed. ledger: cause -> unit -> total over the arm's seeds.
+
+    loss: what the losses of its curves are; arms whose text differs do not share axes.
+    """
 
     name: str
     verdict: Verdict | None = None
@@ -85,11 +89,19 @@ class Arm(_Part):
     mean: Number = None
     ledger: dict[str, dict[str, Number]] = Field(default_factory=dict)
     curves: dict[str, Curves] = Field(default_factory=dict)
+    loss: str = ""
     status: str = "done"
     reason: str | None = None
     recipe_yaml: str = ""
     secondary: list[Secondary] = Field(default_factory=list)
     diagnostics: list[Diagnostic] = Field(default_factory=list)
+
+
+class Untrained(_Part):
+    """The metric of the baseline's model before its training, by seed, and the mean."""
+
+    values: dict[str, Number]
+    mean: Number
 
 
 class Trial(_Part):
@@ -116,6 +128,8 @@ class Report(_Part):
     """Everything a report shows. created: ISO date; arms: the baseline among them.
 
     break_even: from how many models on one arm costs less than another, in sentences.
+    untrained: the reference of a study that sets `above_untrained`; too_early: a sentence when no
+    arm is far enough above it for the verdicts to mean anything, else "".
     """
 
     maquette_version: str
@@ -135,6 +149,8 @@ class Report(_Part):
     charging: list[Charge] = Field(default_factory=list)
     break_even: list[str] = Field(default_factory=list)
     tuning: list[TunedArm] = Field(default_factory=list)
+    untrained: Untrained | None = None
+    too_early: str = ""
 
 
 def _check(report: Report | Mapping[str, Any]) -> Report:
@@ -179,9 +195,17 @@ def _value_places(report: Report) -> int:
     return places_for(report.metric.smallest_effect)
 
 
-def _arm_view(report: Report, arm: Arm) -> dict[str, Any]:
+def _values_view(report: Report, of: Arm | Untrained) -> dict[str, Any]:
+    """The metric by seed and its mean, as text."""
     places = _value_places(report)
-    shown = {s: "–" if v is None else f"{v:.{places}f}" for s, v in arm.values.items()}
+
+    def shown(value: float | None) -> str:
+        return "–" if value is None else f"{value:.{places}f}"
+
+    return {"values": {s: shown(v) for s, v in of.values.items()}, "mean": shown(of.mean)}
+
+
+def _arm_view(report: Report, arm: Arm) -> dict[str, Any]:
     rows = [
         {"cause": cause, **{u: quantity(units.get(u), u) for u in UNITS}}
         for cause, units in arm.ledger.items()
@@ -194,8 +218,7 @@ def _arm_view(report: Report, arm: Arm) -> dict[str, Any]:
     return {
         "arm": arm,
         "is_baseline": arm.name == report.baseline,
-        "values": shown,
-        "mean": "–" if arm.mean is None else f"{arm.mean:.{places}f}",
+        **_values_view(report, arm),
         "text": _effect_text(arm.verdict) if arm.verdict else None,
         "slug": arm.verdict.word.replace(" ", "-") if arm.verdict else "none",
         "ledger": rows,
@@ -233,23 +256,29 @@ def _forest(report: Report) -> str:
     return plots.forest(effects, report.metric.smallest_effect, metric, report.metric.direction)
 
 
-def _curve_plots(report: Report) -> tuple[list[str], str]:
-    """The two learning-curve plots, and what they show."""
-    all_runs = [(arm.name, curve) for arm in report.arms for curve in arm.curves.values()]
-    has_metric = any(c.metric and any(m is not None for m in c.metric) for _, c in all_runs)
-    what = report.metric.name if has_metric else "training loss"
+def _curve_plots(report: Report) -> list[dict[str, Any]]:
+    """The learning curves: for every kind of loss its arms, and a plot over FLOPs and seconds."""
     others = [arm.name for arm in report.arms if arm.name != report.baseline]
     shown = []
-    for axis, label in (("flops", "FLOPs"), ("seconds", "seconds")):
-        lines = [
-            plots.Curve(name, getattr(c, axis), y)
-            for name, c in all_runs
-            if (y := c.metric if has_metric else c.train_loss)
-        ]
-        svg = plots.curves(lines, report.baseline, others, label, what, f"c-{axis}-")
-        if svg:
-            shown.append(svg)
-    return shown, what
+    for i, loss in enumerate(dict.fromkeys(arm.loss for arm in report.arms)):
+        arms = [arm for arm in report.arms if arm.loss == loss]
+        runs = [(arm.name, c) for arm in arms for c in arm.curves.values()]
+        svgs = []
+        for axis, label in (("flops", "FLOPs"), ("seconds", "seconds")):
+            held_out, train = (
+                [
+                    plots.Curve(name, getattr(c, axis), y)
+                    for name, c in runs
+                    if (y := getattr(c, of))
+                ]
+                for of in ("held_out_loss", "train_loss")
+            )
+            what = f"loss of {loss}" if loss else "loss"
+            prefix = f"c{i}-{axis}-"
+            svgs.append(plots.curves(held_out, train, report.baseline, others, label, what, prefix))
+        if any(svgs):
+            shown.append({"arms": [arm.name for arm in arms if arm.curves], "svgs": svgs})
+    return shown
 
 
 def _legend(report: Report) -> list[dict[str, str]]:
@@ -296,6 +325,7 @@ def _context(report: Report) -> dict[str, Any]:
         "seeds": [str(seed) for seed in report.seeds],
         "warnings": _warnings(report),
         "charging_notes": _charging_notes(report),
+        "untrained": _values_view(report, report.untrained) if report.untrained else None,
         "units": UNITS,
         "n": number,
         "quantity": quantity,
@@ -347,12 +377,14 @@ def render_html(report: Report) -> str:
     """The page as text."""
     import markupsafe
 
-    curves, what = _curve_plots(report)
+    curves = _curve_plots(report)
     drawn = {
         # Made by `plots`, which escapes the names in it.
         "forest": markupsafe.Markup(_forest(report)),
-        "curves": [markupsafe.Markup(svg) for svg in curves],
-        "curves_of": what,
+        "curves": [
+            {**group, "svgs": [markupsafe.Markup(svg) for svg in group["svgs"] if svg]}
+            for group in curves
+        ],
         "legend": _legend(report),
         "css": markupsafe.Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from pydantic import Field, field_validator
 from maquette.config import Frozen, deep_merge, load_yaml, set_dotted, validate
 from maquette.errors import BadInput, did_you_mean
 from maquette.parts import Audit
+from maquette.quantities import Budget
 from maquette.recipe import RECIPE_KEYS, Recipe, digest, parse_recipe
 from maquette.study.ladder import Ladder, check_arms, parse_ladder
 from maquette.study.statistics import MIN_SEEDS
@@ -21,8 +22,11 @@ from maquette.study.verdict import resolve_smallest_effect
 
 DEFAULT_SEEDS = 5
 STUDY_KEYS = (
-    "question", "seeds", "metric", "baseline", "arms", "tune", "amortise_over", "ladder", "notes",
+    "question", "seeds", "metric", "baseline", "arms", "above_untrained", "tune", "amortise_over",
+    "ladder", "notes",
 )  # fmt: skip
+UNTRAINED = "untrained"
+"""What the reference of `above_untrained` is called beside the arms."""
 _LOSS_NAMES = frozenset({"loss", "train_loss", "training_loss", "held_out_loss"})
 
 
@@ -43,11 +47,13 @@ class Metric(Frozen):
 class Study:
     """A question with everything needed to answer it; frozen once it has a digest.
 
-    seeds: root seeds; arms are paired by them. amortise_over: models expected to share what is
-    paid once, for the `amortised` charging rule. tune: how every arm's values are searched first.
-    ladder: for `forecast`; the question `compare` answers is the same without it, so it is not part
-    of the digest. registered: the digest under which the study was written down, once tuning has
-    chosen values.
+    seeds: root seeds; arms are paired by them. above_untrained: how much better than an untrained
+    model, in the metric's unit, one arm must be before any is compared. amortise_over: models
+    expected to share what is paid once, for the `amortised` charging rule. tune: how every arm's
+    values are searched first. ladder: for `forecast`; the question `compare` answers is the same
+    without it, so it is not part of the digest. registered: the digest under which the study was
+    written down, once tuning has chosen values. given, overrides: the name or path and the
+    `key=value`s it was loaded by.
     """
 
     name: str
@@ -56,20 +62,26 @@ class Study:
     baseline: str
     metric: Metric
     seeds: tuple[int, ...]
+    above_untrained: float | None = None
     tune: Tuning | None = None
     amortise_over: float = 1.0
     ladder: Ladder | None = None
     notes: str = ""
     registered: str = ""
     where: str = ""
+    given: str = ""
+    overrides: tuple[str, ...] = ()
 
     def spec(self) -> dict[str, Any]:
-        """Plain data with every default written out."""
+        """Plain data with every default written out; `above_untrained` only where it is set, so
+        that studies written before there was such a key are known by the digest they had."""
+        margin = self.above_untrained
         return {
             "question": self.question,
             "seeds": list(self.seeds),
             "metric": self.metric.model_dump(),
             "baseline": self.baseline,
+            **({} if margin is None else {"above_untrained": margin}),
             "tune": self.tune.model_dump(mode="json") if self.tune else None,
             "amortise_over": self.amortise_over,
             "arms": {name: recipe.spec() for name, recipe in self.arms.items()},
@@ -93,6 +105,19 @@ class Study:
             key="metric.name",
             mend=did_you_mean(metric, given) if given else "name an evaluation under `evaluate`",
         )
+
+    @property
+    def n_runs(self) -> int:
+        """Runs a comparison needs besides the trials of a tuning."""
+        references = 0 if self.above_untrained is None else 1
+        return (len(self.arms) + references) * len(self.seeds)
+
+    def untrained(self) -> Recipe:
+        """The baseline with no step in its last stage, scored by the audit of the metric alone."""
+        recipe = self.arms[self.baseline]
+        last = replace(recipe.last, budget=Budget(0, "step"))
+        audit = self.audit_of(self.metric.name, self.baseline)
+        return replace(recipe, stages=(*recipe.stages[:-1], last), evaluate=(audit,))
 
     def direction(self, metric: str) -> Literal["higher", "lower"]:
         return self.audit_of(metric, self.baseline).metric_directions()[metric]
@@ -153,6 +178,7 @@ def parse_study(data: Mapping[str, Any], *, name: str, where: object = None) -> 
         baseline=baseline,
         metric=validate(Metric, metric, where=where, key="metric"),
         seeds=_parse_seeds(data.get("seeds", DEFAULT_SEEDS), where),
+        above_untrained=_parse_margin(data.get("above_untrained"), recipes, where),
         tune=_parse_tune(data.get("tune"), where),
         amortise_over=_parse_amortise_over(data.get("amortise_over", 1), where),
         ladder=parse_ladder(data["ladder"], where=where) if "ladder" in data else None,
@@ -177,7 +203,8 @@ def _parse_arm(shared: Mapping[str, Any], arm: str, over: object, where: object)
             mend=f"{arm}: {{objective: {over}}}",
         )
     try:
-        return parse_recipe(deep_merge(shared, over), where=where)
+        recipe = parse_recipe(deep_merge(shared, over), where=where)
+        return replace(recipe, arm=arm, own=frozenset(map(str, over)))
     except BadInput as error:
         inside = (error.key or "").split(".")[0] in over
         error.key = f"arms.{arm}.{error.key}" if inside else error.key
@@ -205,6 +232,27 @@ def _parse_amortise_over(value: object, where: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value < 1e18:
         raise BadInput(
             f"a number of models >= 1, got {value!r}", where=where, key="amortise_over", mend="10"
+        )
+    return float(value)
+
+
+def _parse_margin(value: object, arms: Mapping[str, Recipe], where: object) -> float | None:
+    key = "above_untrained"
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e18:
+        raise BadInput(
+            f"a size in the metric's unit, above 0, got {value!r}",
+            where=where,
+            key=key,
+            mend="0.02",
+        )
+    if UNTRAINED in arms:
+        raise BadInput(
+            f"`{key}` adds a reference called `{UNTRAINED}`, as an arm is",
+            where=where,
+            key=f"arms.{UNTRAINED}",
+            mend="give the arm another name",
         )
     return float(value)
 
@@ -315,4 +363,5 @@ def load_study(name: str, overrides: Sequence[str] = ()) -> Study:
         raise BadInput(
             "has no `arms`", where=path, mend=f"a recipe is run by `maquette run {name}`"
         )
-    return parse_study(data, name=path.stem, where=path)
+    study = parse_study(data, name=path.stem, where=path)
+    return replace(study, given=name, overrides=tuple(overrides))

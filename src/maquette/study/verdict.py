@@ -215,6 +215,40 @@ def judge(
     }
 
 
+def too_early(
+    arms: Mapping[str, float],
+    untrained: float,
+    *,
+    metric: str,
+    direction: Direction,
+    margin: float,
+) -> str:
+    """Why these arms cannot be told apart yet; "" when one has learned enough, or there is none.
+
+    arms: mean of the metric by arm, the baseline among them. untrained: the mean of a model that
+    was not trained. margin: in the metric's unit; an arm has learned enough when it is better than
+    `untrained` by more. NaN is worse than everything.
+    """
+    sign = 1 if direction == "higher" else -1
+    gains = {name: sign * (mean - untrained) for name, mean in arms.items() if mean == mean}
+    if not arms or any(gain > margin for gain in gains.values()):
+        return ""
+    places = places_for(margin)
+    best = max(gains, key=lambda name: gains[name], default="")
+    nearest = f"; the best is {best} with {arms[best]:.{places}f}" if best else ""
+    return (
+        f"Too early to compare: no arm is better than the untrained model by more than "
+        f"{number(margin)} in {metric} ({untrained:.{places}f} untrained{nearest}), so this budget "
+        "says nothing about the methods."
+    )
+
+
+def judged_too_early(verdict: Verdict) -> Verdict:
+    """The verdict with a sentence that takes its claim back, for wherever it is shown alone."""
+    warning = "Too early to compare: no arm is far enough above an untrained model."
+    return verdict.model_copy(update={"sentence": f"{verdict.sentence} {warning}"})
+
+
 class Charge(BaseModel):
     """What an arm cost beside the baseline under one charging rule.
 

@@ -10,8 +10,11 @@ import numpy as np
 from maquette.data.order import MixtureOrder, batch_rows, rows_at
 from maquette.data.packing import PackedTokens
 from maquette.errors import BadInput
-from maquette.parts import Batch, Clock, Ctx, Examples, Selection
+from maquette.parts import Batch, Clock, Ctx, Drawn, Examples, Selection
 from maquette.recipe import Stage
+
+FORESEEN = 100
+"""Points of a run at which a mixture is asked beforehand; a shorter phase is met on the way."""
 
 
 class Feeder:
@@ -21,6 +24,8 @@ class Feeder:
     training part are one pool; with one, each source is a pool of its own. From the step of a
     selection on, its rows are the pool.
     steps: the horizon, for `Clock.fraction` as the feed sees it; set once it is known.
+    Raises BadInput for a training part that fills no batch, unless the budget counts epochs, which
+    says that rows come again.
     """
 
     def __init__(self, stage: Stage, tokens: PackedTokens, ctx: Ctx, steps: int = 1) -> None:
@@ -34,6 +39,14 @@ class Feeder:
                 key="workload.corpus",
                 mend="a larger corpus, or a smaller `length`",
             )
+        if self.n_rows < stage.rows and stage.budget.unit != "epoch":
+            raise BadInput(
+                f"the training part holds {self.n_rows} rows of {self.window} tokens, one step "
+                f"takes {stage.rows}: rows would come again inside a batch",
+                key="workload.corpus",
+                mend="a larger corpus, looser data parts or a smaller size; or a budget in epochs "
+                "(`8epoch`), which says that rows are to be repeated",
+            )
         self.selections: dict[int, Selection] = {}
         self.mixture = self._mixture()
 
@@ -45,9 +58,7 @@ class Feeder:
         rows = {name: n // self.window for name, n in counts.items() if n >= self.window}
 
         def weights(step: int) -> Mapping[str, float]:
-            tokens = step * self.stage.rows * self.window
-            clock = Clock(step=step, tokens=tokens, fraction=step / self.steps)
-            asked = self.stage.feed.mixture(clock, counts) or {}
+            asked = self.stage.feed.mixture(self._clock(step), counts) or {}
             for name, share in asked.items():
                 if share > 0 and name not in rows:
                     raise BadInput(
@@ -59,6 +70,24 @@ class Feeder:
             return {name: share for name, share in asked.items() if share > 0}
 
         return MixtureOrder(self.ctx.seed, self.stage.rows, rows, weights)
+
+    def _clock(self, step: int) -> Clock:
+        tokens = step * self.stage.rows * self.window
+        return Clock(step=step, tokens=tokens, fraction=step / self.steps)
+
+    def foresee(self) -> None:
+        """Ask the mixture for its weights over the whole horizon, before the first step.
+
+        Raises BadInput for what the feed would refuse on the way: a phase shorter than a step, more
+        passes over a source than it allows, a source without a row.
+        """
+        if self.mixture is None:
+            return
+        points = range(0, self.steps, max(1, self.steps // FORESEEN))
+        for step in (*points, self.steps - 1):
+            self.mixture.weights_at(step)
+        counts = {name: stop - start for name, (start, stop) in self.sources.items()}
+        self.stage.feed.mixture(self._clock(self.steps), counts)
 
     def starts(self, step: int) -> np.ndarray:
         """First token of each row of the step's batch, int64, shape (rows,)."""
@@ -118,6 +147,24 @@ class Feeder:
                 waiting = worker.submit(self.batches, step + 1) if ahead else None
                 yield step, batches
 
-    def realised_mix(self) -> dict[str, float]:
-        """Fraction of rows drawn from each source so far; `{}` without a mixture."""
-        return self.mixture.shares() if self.mixture else {}
+    def drawn(self, steps: int) -> Drawn | None:
+        """What the first `steps` steps took from each source; None without a mixture."""
+        if self.mixture is None:
+            return None
+        rows = self.mixture.counts(steps)
+        available = {name: stop - start for name, (start, stop) in self.sources.items()}
+        tokens = {name: n * self.window for name, n in rows.items()}
+        return Drawn(tokens, available, self.stage.rows * self.window)
+
+
+def check_feed(stage: Stage, tokens: PackedTokens, ctx: Ctx) -> None:
+    """Refuse a stage that its training part cannot feed, as far as is known without a model.
+
+    Budgets of steps and epochs give the horizon; what others buy is only known once a step has
+    been counted, and `foresee` is then called by the run.
+    """
+    feeder, budget = Feeder(stage, tokens, ctx), stage.budget
+    per_unit = {"step": 1.0, "epoch": feeder.n_rows / stage.rows}
+    if budget.unit in per_unit:
+        feeder.steps = max(1, round(budget.amount * per_unit[budget.unit]))
+        feeder.foresee()

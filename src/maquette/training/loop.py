@@ -80,7 +80,7 @@ class Outcome:
     """A finished stage: the trained modules, what it cost, and what its record and report say.
 
     Of several ranks only the lead's is complete. refreshes: what the feed reported, by step.
-    diagnostics: what the objective reported of itself (`Objective.summary`).
+    diagnostics: what objective and feed reported of themselves (`summary`).
     """
 
     model: PreTrainedModel
@@ -108,7 +108,7 @@ def train(
     folder: the run's own; `state/` holds checkpoints, `metrics.jsonl` a line per step. A
     checkpoint found there is continued from. All ranks of `ctx.team` call this alike; the lead
     writes.
-    Raises RunFailed when the loss stops being a number; the last good checkpoint stays.
+    Raises RunFailed when the loss stops being a number; a checkpoint from before it stays.
     """
     reset_peak_memory(ctx.device)
     team = ctx.team
@@ -188,6 +188,7 @@ def start(
     else:
         _plan(run, feeder, settings)
     feeder.steps = run.horizon.steps
+    feeder.foresee()
     _compile(run, run.compiled if saved else settings.compile)
     run.make_optimizer(run.horizon)
     if saved:
@@ -232,6 +233,7 @@ def _plan(run: LiveRun, feeder: Feeder, settings: Settings) -> None:
     )
     # A budget of seconds is timed, and every rank times its own.
     run.horizon = run.ctx.team.lead(lambda: horizon)
+    run.objective.check_horizon(run.horizon)
     for parameter in run.trainable():
         parameter.grad = None
 
@@ -292,8 +294,6 @@ def _finish(run: LiveRun, feeder: Feeder, selections: Selections, folder: Path) 
     run.ctx.ledger.peak_memory = max(run.ctx.ledger.peak_memory, peak)
     run.spread.check_agreement((run.model, run.extra))
     model, extra = run.spread.plain(run.model, run.extra)
-    if mix := feeder.realised_mix():
-        log.info("realised mix: %s", ", ".join(f"{k} {v:.2%}" for k, v in mix.items()))
     warnings: dict[str, str] = {}
     diagnostics: dict[str, float] = {}
     if run.ctx.team.is_lead:
@@ -301,6 +301,9 @@ def _finish(run: LiveRun, feeder: Feeder, selections: Selections, folder: Path) 
         warnings = run.stage.optim.diagnose(run) | run.objective.diagnose(logged)
         warnings |= selections.warnings() | checkpoint.damage(folder / "state")
         said = run.objective.summary(logged)
+        if drawn := feeder.drawn(run.step):
+            said |= run.stage.feed.summary(drawn)
+            warnings |= run.stage.feed.diagnose(drawn)
         diagnostics = {name: float(x) for name, x in said.items() if math.isfinite(x)}
     facts, ledger = selections.facts(), run.ctx.ledger
     return Outcome(model.eval(), extra.eval(), ledger, run.step, warnings, facts, diagnostics)
@@ -308,8 +311,10 @@ def _finish(run: LiveRun, feeder: Feeder, selections: Selections, folder: Path) 
 
 def _not_a_number(logs: dict[str, float], step: int, folder: Path) -> RunFailed:
     bad = ", ".join(f"{k} is {v}" for k, v in logs.items() if not math.isfinite(v))
+    kept = checkpoint.steps(folder / "state")
+    last = f"its checkpoint of step {kept[-1]} is kept" if kept else "it had no checkpoint yet"
     failure = RunFailed(
-        f"{bad} at step {step}; the run is stopped and its last good checkpoint kept",
+        f"{bad} at step {step}; the run is stopped, {last}",
         where=folder,
         mend="a lower `optim.learning_rate`, or gradient clipping (`optim.clip`)",
     )

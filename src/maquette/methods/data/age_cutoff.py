@@ -5,12 +5,13 @@ score falls with the distance between the cut-off and the year of the test text
 (`evaluation.temporal`). A cut-off is cumulative: everything up to that year, not that year alone.
 
 The paper's newer corpora are also larger. `equal_to` makes arms comparable: a random part of what
-is left is dropped until as many bytes remain as an older cut-off would leave.
+is left is dropped until as many bytes remain as an older cut-off would leave. A part cannot see
+the other arms, so that cut-off has to be named, and unequal arms have to be asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -19,7 +20,7 @@ from pydantic import Field, model_validator
 
 from maquette.data.documents import byte_lengths
 from maquette.data.scores import Mask, drop_rows, hash_bound, hash_uniform, ids_of, kept_rows
-from maquette.errors import BadInput
+from maquette.errors import BadInput, KeepsNothing
 from maquette.parts import Card, Ctx, DataOp, Needs, State, register
 
 Missing = Literal["refuse", "drop", "keep"]
@@ -89,12 +90,12 @@ from maquette.methods.data.age_cutoff import AgeCutoff
 
 years = [2012, 2019, 2026]
 batch = documents(["a", "b", "c"], ["old text", "newer text", "newest text"], years=years)
-op = AgeCutoff(year=2019)
+op = AgeCutoff(year=2019, equal_to=None)
 state = op.fit(pa.Table.from_batches([batch]), None)
 print(op.apply(batch, state).select(["id", "keep", "why"]).to_pylist())
 """,
     )
-    examples: ClassVar[tuple[dict[str, Any], ...]] = ({"year": 2014},)
+    examples: ClassVar[tuple[dict[str, Any], ...]] = ({"year": 2014, "equal_to": 2012},)
 
     year: int = Field(ge=1000, le=9999)
     """Newest year kept. The paper: 2013, 2016, 2019, 2022."""
@@ -102,8 +103,19 @@ print(op.apply(batch, state).select(["id", "keep", "why"]).to_pylist())
     """Oldest year kept; None (the paper) keeps everything older."""
     missing: Missing = "refuse"
     """Documents without a year: `refuse` (an error), `drop` or `keep`."""
-    equal_to: int | None = Field(None, ge=1000, le=9999)
-    """Drop at random until only the bytes remain that this older cut-off leaves; None: do not."""
+    equal_to: int | None = Field(ge=1000, le=9999)
+    """Drop at random until only the bytes remain that this older cut-off leaves: the oldest one of
+    the study. null (the paper): newer corpora are larger. It has to be given."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _says_what_it_equals(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and "equal_to" not in data:
+            raise ValueError(
+                "equal_to is required: the oldest cut-off of the study, so that newer arms are not "
+                "also larger, or null, as in the paper, for arms that are"
+            )
+        return data
 
     @model_validator(mode="after")
     def _ordered(self) -> AgeCutoff:
@@ -118,7 +130,7 @@ print(op.apply(batch, state).select(["id", "keep", "why"]).to_pylist())
         return up_to_year(years, year, self.since, self.missing, ids_of(table, live))
 
     def fit(self, sample: pa.Table, ctx: Ctx) -> State:
-        """Place the random cut that equalises bytes; BadInput if the cut-off keeps nothing."""
+        """Place the random cut that equalises bytes; KeepsNothing if the cut-off does."""
         live = kept_rows(sample)
         kept = self._keep(sample, live, self.year)
         if not kept.any():
@@ -126,7 +138,7 @@ print(op.apply(batch, state).select(["id", "keep", "why"]).to_pylist())
             span = (
                 f"its years run from {min(known)} to {max(known)}" if known else "no year is known"
             )
-            raise BadInput(
+            raise KeepsNothing(
                 f"no document is kept by the cut-off {self.year}; {span}",
                 key="year",
                 mend="choose a later year",
@@ -136,7 +148,7 @@ print(op.apply(batch, state).select(["id", "keep", "why"]).to_pylist())
         sizes = byte_lengths(sample)[live]
         target = int(sizes[self._keep(sample, live, self.equal_to)].sum())
         if target == 0:
-            raise BadInput(
+            raise KeepsNothing(
                 f"no document is kept by the cut-off {self.equal_to} to equal",
                 key="equal_to",
                 mend="choose a later year",

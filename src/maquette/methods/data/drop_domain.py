@@ -17,7 +17,7 @@ from pydantic import Field
 from maquette.data.documents import byte_lengths
 from maquette.data.domain_groups import matches
 from maquette.data.scores import drop_rows, kept_rows
-from maquette.errors import BadInput, did_you_mean
+from maquette.errors import BadInput, KeepsNothing, did_you_mean
 from maquette.parts import Card, Ctx, DataOp, Needs, State, register
 
 # The 22 sources of the Pile in the paper's nine clusters; membership follows the names, since
@@ -65,7 +65,7 @@ def domains_to_drop(present: Sequence[str], globs: Sequence[str]) -> set[str]:
             )
     dropped = {name for name in present if matches(name, globs)}
     if dropped == set(present):
-        raise BadInput(
+        raise KeepsNothing(
             f"dropping {', '.join(globs)} leaves no domain of {len(set(present))}",
             key="domains",
             mend="keep at least one domain to train on",

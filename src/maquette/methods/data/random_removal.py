@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 
 from maquette.data.documents import byte_lengths
 from maquette.data.scores import Mask, drop_rows, hash_bound, hash_uniform, ids_of, kept_rows
-from maquette.errors import BadInput
+from maquette.errors import BadInput, KeepsNothing
 from maquette.parts import Card, Ctx, DataOp, State, register
 from maquette.quantities import parse_bytes
 
@@ -132,7 +132,7 @@ print(sizes[removed].sum())  # 10000
         else:
             target = (self.fraction or 0.0) * total
         if target >= total:
-            raise BadInput(
+            raise KeepsNothing(
                 f"removing {target:.0f} of {total} bytes leaves nothing",
                 key="like" if self.like is not None else "fraction",
                 mend="remove less",

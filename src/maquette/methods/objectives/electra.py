@@ -370,19 +370,44 @@ detection_loss(logits, labels, torch.ones(1, 5, dtype=torch.bool)).backward()
         auc = detection_auc(logits.detach(), labels, mask)
         return loss, {"detection_loss": loss.detach(), "detection_auc": auc}
 
+    def summary(self, logs: Mapping[str, Sequence[float]]) -> dict[str, float]:
+        """Means over the last tenth of the steps; H(f) only where it bounds the detector's loss,
+        which is averaged over all positions."""
+        detects = self.variant in ("electra", "uniform_generator", "two_stage")
+        return {
+            words: end
+            for name, words in _REPORTED.items()
+            if (name != "detection_floor" or detects)
+            and (end := _at_the_end(logs.get(name, ()))) is not None
+        }
+
     def diagnose(self, logs: Mapping[str, Sequence[float]]) -> dict[str, str]:
-        loss, floor = logs.get("detection_loss", ()), logs.get("detection_floor", ())
-        if not loss or self.variant == "electra_15":
-            return {}
-        tail = max(1, len(loss) // 10)
-        end, bar = sum(loss[-tail:]) / tail, sum(floor[-tail:]) / tail
-        if end < bar:
+        end = _at_the_end(logs.get("detection_loss", ()))
+        bar = _at_the_end(logs.get("detection_floor", ()))
+        if end is None or bar is None or self.variant == "electra_15" or end < bar:
             return {}
         return {
             "objective not engaged": f"the detector's loss ended at {end:.3f}, not below the "
             f"{bar:.3f} of a constant guess: it has learned nothing, so this run says nothing "
             "about ELECTRA"
         }
+
+
+_REPORTED = {
+    "masked_accuracy": "masked accuracy",
+    "generator_accuracy": "generator accuracy",
+    "replaced_fraction": "replaced fraction f",
+    "detection_auc": "detector AUC",
+    "detection_loss": "detector loss",
+    "detection_floor": "detector loss of a constant guess, H(f)",
+}
+"""Logged series that the report tells the end of, and what it calls them."""
+
+
+def _at_the_end(series: Sequence[float]) -> float | None:
+    """The mean of the last tenth; None of nothing."""
+    tail = series[-max(1, len(series) // 10) :]
+    return sum(tail) / len(tail) if tail else None
 
 
 class _Flag(nn.Module):

@@ -48,7 +48,8 @@ class TextWorkload(Workload):
     vocabulary: int = Field(4096, ge=300)
     """Entries of the byte-level BPE tokenizer that is trained on the corpus."""
     tokenizer: str | None = None
-    """`bytes`, or a folder or hub name of a Hugging Face tokenizer; None trains a BPE."""
+    """`bytes`, or a folder or hub name of a Hugging Face tokenizer; None trains a BPE on the
+    training part, `bpe:dev` on the part `dev`."""
     model: str | None = None
     """Folder or hub name of a Hugging Face model to start from; None builds one of the size."""
     held_out_fraction: float = Field(0.05, gt=0, lt=1)
