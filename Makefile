@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 # -n 2 pays for itself only where there are two cores to share.
 WORKERS ?= 2
 
-.PHONY: demo test check format clean docs
+.PHONY: demo test test-all check format clean docs
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -15,7 +15,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## install, run the quickstart study, print the verdict and the report's path
 	$(BIN)/maquette compare quickstart
 
-test: $(STAMP)  ## the whole test suite, CPU only, no network
+test: $(STAMP)  ## the test suite, CPU only, no network
+	$(BIN)/python -m pytest -n $(WORKERS) -m 'not exhaustive'
+
+test-all: $(STAMP)  ## with the tests that take half a minute each for a rarer case
 	$(BIN)/python -m pytest -n $(WORKERS)
 
 check: $(STAMP)  ## format, lint, types

@@ -161,6 +161,7 @@ def test_several_nodes_may_not_write_to_a_store_without_locks(nodes, monkeypatch
     assert "MAQUETTE_HOME" in caught.value.mend
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_run_that_kills_its_workers_fails_alone_and_each_death_is_said(world, tmp_path):
     path = tmp_path / "poisoned.yaml"

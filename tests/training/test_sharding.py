@@ -71,6 +71,7 @@ def test_a_run_moves_between_one_two_and_four_ranks(world, tmp_path):
         assert difference(world.train(data), moved) == ""
 
 
+@pytest.mark.exhaustive
 def test_a_failure_of_all_ranks_ends_a_run_and_that_of_one_ends_the_launch(world, tmp_path):
     place = home(world, "failures")
     named = {"all": "breaks-everywhere", "none": "causal-lm", "one": "breaks-on-rank-1"}
@@ -90,6 +91,7 @@ def test_a_failure_of_all_ranks_ends_a_run_and_that_of_one_ends_the_launch(world
     assert broken.arm == "train"
 
 
+@pytest.mark.exhaustive
 def test_bf16_differs_from_one_process_by_its_rounding_only(world, tmp_path):
     # An encoder has layer norms, which a CPU takes in fp32 only.
     data = recipe(world, "text/encoder", objective="masked-lm", budget="5step")
@@ -116,6 +118,7 @@ def on_two_ranks(arguments):
     return [(rank.returncode, *texts) for rank, texts in zip(ranks, said, strict=True)]
 
 
+@pytest.mark.exhaustive
 def test_a_launch_that_is_terminated_is_resumed_by_another(world, tmp_path):
     file, place = tmp_path / "mine.yaml", Path(home(world, "terminated"))
     data = recipe(world, budget="60step", microbatches=2)
