@@ -257,7 +257,17 @@ def test_power_matches_simulated_paired_t_tests() -> None:
     assert power(1.0, 8, -0.8) == power(1.0, 8, 0.8)
     assert power(1.0, 8, 0.0) == pytest.approx(0.05)
     assert power(0.0, 3, 0.1) == 1
-    assert power(1e-3, 3, 10.0) == 1
+    assert power(1e-3, 3, 10.0) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("n", [2, 3, 10, 200])
+def test_power_is_the_noncentral_t_and_rises_to_1_where_scipy_has_no_number(n: int) -> None:
+    t, shift = stats.t.ppf(0.975, n - 1), 2.0
+    known = stats.nct.sf(t, n - 1, shift) + stats.nct.cdf(-t, n - 1, shift)
+    assert power(1.0, n, shift / math.sqrt(n)) == pytest.approx(known, abs=1e-7)
+    rising = [power(1.0, n, effect) for effect in np.geomspace(0.1, 1e4, 40)]
+    assert rising == sorted(rising)
+    assert rising[-1] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("effect", [5.0, 1.0, 0.3, 0.05])

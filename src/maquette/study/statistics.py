@@ -20,6 +20,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 from scipy import stats
+from scipy.integrate import quad
+from scipy.special import ndtr
 
 Array = NDArray[np.float64]
 
@@ -330,13 +332,21 @@ def power(sd: float, n_seeds: int, effect: float, level: float = 0.95) -> float:
         raise ValueError(f"n_seeds must be at least 2, got {n_seeds}")
     if effect == 0:
         return 1 - level
-    shift = math.inf if sd == 0 else abs(effect) * math.sqrt(n_seeds) / sd
-    df = n_seeds - 1
-    t = float(stats.t.ppf((1 + level) / 2, df))
-    # scipy's noncentral t loses precision far out, where the answer is 1 to all digits.
-    if shift > t + 40 * max(1.0, t / math.sqrt(2 * df)):
+    if sd == 0:
         return 1.0
-    return float(stats.nct.sf(t, df, shift) + stats.nct.cdf(-t, df, shift))
+    shift, df = abs(effect) * math.sqrt(n_seeds) / sd, n_seeds - 1
+    t = float(stats.t.ppf((1 + level) / 2, df))
+    # Over the spread that is estimated, in units of the true one; scipy's noncentral t gives NaN
+    # for large shifts.
+    spread = stats.chi(df, scale=1 / math.sqrt(df))
+    ends = float(spread.ppf(1e-13)), float(spread.isf(1e-13))
+
+    def density(s: float) -> float:
+        return float((ndtr(shift - t * s) + ndtr(-shift - t * s)) * spread.pdf(s))
+
+    turn = [shift / t] if ends[0] < shift / t < ends[1] else None
+    found, _ = quad(density, *ends, points=turn, limit=200, epsabs=1e-10)
+    return min(1.0, float(found))
 
 
 def seeds_needed(sd: float, effect: float, power: float = 0.8, level: float = 0.95) -> int:
