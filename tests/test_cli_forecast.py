@@ -1,6 +1,7 @@
 """The verb forecast: what it prints, where its report goes, how it ends."""
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +161,9 @@ def test_a_ladder_is_run_reported_stored_and_never_run_twice(run, world, tmp_pat
     assert sorted(row[-1] for row in rows) == sorted(r.metrics["bits-per-byte"] for r in stored)
     assert {row[0] for row in rows} == {size.weights for size in TINY}
     assert set(document["ranks"]["smallest"]) == {"slow", "fast"}
+    [again] = document["rerun"]
+    sizes = "tiny8,tiny16,tiny24,tiny32"
+    assert shlex.split(again)[:5] == ["maquette", "forecast", str(path), "--sizes", sizes]
     [record] = store.list_studies()
     assert (record.digest, record.status) == (document["digest"], "done")
 

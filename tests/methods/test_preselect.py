@@ -14,14 +14,14 @@ from maquette.config import validate
 from maquette.data.documents import documents
 from maquette.data.scores import kept_rows, threshold_by_characters
 from maquette.errors import BadInput
-from maquette.flow import Ctx, FinishedStage, Subject
-from maquette.methods.data.preselect import (
-    PredictiveSelection,
+from maquette.evaluation.predictive_strength import (
     choose_extremes,
     enrichment,
     predictive_strength,
     strength_histogram,
 )
+from maquette.flow import Ctx, FinishedStage, Subject
+from maquette.methods.data.preselect import PredictiveSelection
 from maquette.training.ledger import Ledger
 from tests.evaluation.test_text_bits import BYTES, llama
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -170,9 +171,11 @@ def forecast_from_study(
         "Baseline": asked.baseline,
         "Seeds": ", ".join(map(str, asked.seeds)),
     }
-    command = ["maquette forecast", asked.name if _built_in(asked) else f"{asked.name}.yaml"]
-    command += [f"--sizes {','.join(ladder.sizes)}", f"--budget {','.join(budgets)}"]
-    command += [f"--target {ladder.target}"] + [f"--metric {metric}"] * (metric is not None)
+    given = asked.given or str(store.study_dir(found.digest) / "study.yaml")
+    command = ["maquette", "forecast", given, "--sizes", ",".join(ladder.sizes)]
+    command += ["--budget", ",".join(budgets), "--target", ladder.target]
+    command += ["--metric", metric] if metric is not None else []
+    command += [word for override in asked.overrides for word in ("--set", override)]
     report = reporting.build(
         found.forecast,
         title=asked.question or asked.name,
@@ -181,19 +184,13 @@ def forecast_from_study(
         loss=found.study.metric.name,
         level=level,
         facts=facts,
-        rerun=[" ".join(command)],
+        rerun=[shlex.join(command)],
     )
     return (
         found.forecast,
         report,
         reporting.render(report, found.forecast, store.study_dir(found.digest)),
     )
-
-
-def _built_in(asked: Study) -> bool:
-    from maquette.study.study import built_in
-
-    return asked.name in built_in() and str(built_in()[asked.name]) == asked.where
 
 
 # --- from a table --------------------------------------------------------------------------------
@@ -231,8 +228,10 @@ def _from_table(
     facts = {"Loss": str(y), "Over": ", ".join(columns), "Rows": str(_count(arms))}
     facts |= {} if at is None else {"Target": ", ".join(f"{v:g}" for v in at)}
     facts |= {"Baseline": baseline} if len(arms) > 1 else {}
-    command = f"maquette forecast --table {table} --x {','.join(columns)} --y {y}"
-    command += f" --group {group}" * (group is not None) + f" --target {target}" * (at is not None)
+    command = ["maquette", "forecast", "--table", str(table), "--x", ",".join(columns)]
+    command += ["--y", str(y)]
+    command += ["--group", group] if group is not None else []
+    command += ["--target", target] if target is not None else []
     report = reporting.build(
         found,
         title=f"{y} over {' and '.join(columns)}",
@@ -241,7 +240,7 @@ def _from_table(
         loss=str(y),
         level=level,
         facts=facts,
-        rerun=[command],
+        rerun=[shlex.join(command)],
     )
     return found, report, reporting.render(report, found, store.home / "forecasts" / name)
 

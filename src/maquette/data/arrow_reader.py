@@ -12,7 +12,6 @@ from maquette.data import streams
 from maquette.data.corpus_spec import CorpusSpec, File, Raw
 from maquette.data.formats import check_columns, check_types, columns, from_records
 from maquette.data.streams import ReadReport
-from maquette.errors import BadInput
 
 
 def arrow_stream(
@@ -23,7 +22,7 @@ def arrow_stream(
     ids: the id of each row. Raises BadInput for a damaged stream, a bomb, and a compressed batch
     over `MAX_BLOCK_BYTES`.
     """
-    try:
+    with streams.explained("Arrow", file.path, "save the dataset again with `save_to_disk`"):
         with pa.memory_map(str(file.path)) as data:
             schema = pa.ipc.open_stream(data).schema
         check_columns(spec, schema.names, file.path)
@@ -38,15 +37,6 @@ def arrow_stream(
                 streams.check_expansion(rows, file.path, file.size, spec.max_expansion)
                 batch.validate(full=True)  # offsets that lead out of a buffer are followed blindly
                 yield from from_records(spec, batch, ids, file, report)
-    except (pa.ArrowException, OSError, ValueError, OverflowError, struct.error) as error:
-        if isinstance(error, PermissionError):
-            raise
-        why = (str(error) or repr(error)).splitlines()[0]
-        raise BadInput(
-            f"the Arrow file is truncated or damaged ({why})",
-            where=file.path,
-            mend="save the dataset again with `save_to_disk`",
-        ) from error
 
 
 def _check_declared(spec: CorpusSpec, file: File) -> None:

@@ -21,7 +21,6 @@ from maquette.data.documents import BATCH_ROWS
 from maquette.data.formats import check_columns, check_types, columns, from_records
 from maquette.data.parquet_pages import row_groups
 from maquette.data.streams import ReadReport
-from maquette.errors import BadInput
 
 DECODED_BYTES = 64 << 20
 """Rows are decoded together as long as they cannot take more than this."""
@@ -34,37 +33,28 @@ def parquet(spec: CorpusSpec, file: File, report: ReadReport) -> Iterator[Raw]:
     """
     import pyarrow.parquet as pq
 
-    try:
-        with (
-            pq.ParquetFile(file.path, buffer_size=streams.CHUNK) as opened,
-            file.path.open("rb") as raw,
-            mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as data,
-        ):
-            schema = _plain_schema(opened.schema_arrow)
-            check_columns(spec, schema.names, file.path)
-            check_types(spec, schema, file.path)
-            ids = (f"{file.name}:{n}" for n in count())
-            declared, decoded = 0, 0
-            for group, pages in enumerate(row_groups(data, _leaves(opened.schema, spec))):
-                declared += sum(p.total for p in pages)
-                streams.check_expansion(declared, file.path, file.size, spec.max_expansion)
-                streams.check_block(sum(p.memory for p in pages), file.path)
-                size = int(np.clip(DECODED_BYTES // max(p.row for p in pages), 1, BATCH_ROWS))
-                for batch in opened.iter_batches(size, [group], columns(spec), use_threads=False):
-                    plain = batch.cast(_plain_schema(batch.schema))
-                    decoded += plain.nbytes + streams.ROW_BYTES * plain.num_rows
-                    streams.check_expansion(decoded, file.path, file.size, spec.max_expansion)
-                    yield from from_records(spec, plain, ids, file, report)
-                    del batch, plain  # or they stay while the next one is decoded
-    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-        if isinstance(error, PermissionError):
-            raise
-        why = (str(error) or repr(error)).splitlines()[0]
-        raise BadInput(
-            f"the Parquet file is truncated or damaged ({why})",
-            where=file.path,
-            mend="copy or download the file again",
-        ) from error
+    with (
+        streams.explained("Parquet", file.path, "copy or download the file again"),
+        pq.ParquetFile(file.path, buffer_size=streams.CHUNK) as opened,
+        file.path.open("rb") as raw,
+        mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as data,
+    ):
+        schema = _plain_schema(opened.schema_arrow)
+        check_columns(spec, schema.names, file.path)
+        check_types(spec, schema, file.path)
+        ids = (f"{file.name}:{n}" for n in count())
+        declared, decoded = 0, 0
+        for group, pages in enumerate(row_groups(data, _leaves(opened.schema, spec))):
+            declared += sum(p.total for p in pages)
+            streams.check_expansion(declared, file.path, file.size, spec.max_expansion)
+            streams.check_block(sum(p.memory for p in pages), file.path)
+            size = int(np.clip(DECODED_BYTES // max(p.row for p in pages), 1, BATCH_ROWS))
+            for batch in opened.iter_batches(size, [group], columns(spec), use_threads=False):
+                plain = batch.cast(_plain_schema(batch.schema))
+                decoded += plain.nbytes + streams.ROW_BYTES * plain.num_rows
+                streams.check_expansion(decoded, file.path, file.size, spec.max_expansion)
+                yield from from_records(spec, plain, ids, file, report)
+                del batch, plain  # or they stay while the next one is decoded
 
 
 def _plain_schema(schema: pa.Schema) -> pa.Schema:

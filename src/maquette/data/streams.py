@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import codecs
 import re
+import struct
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,6 +96,20 @@ def chunks(path: Path, max_expansion: int) -> Iterator[bytes]:
             done += len(chunk)
             check_expansion(done, path, size, max_expansion)
             yield chunk
+
+
+@contextmanager
+def explained(kind: str, path: Path, mend: str) -> Iterator[None]:
+    """What Arrow raises of a file it cannot read, as a BadInput. kind: of file, for the message."""
+    try:
+        yield
+    except PermissionError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, OverflowError, struct.error) as error:
+        why = (str(error) or repr(error)).splitlines()[0]
+        raise BadInput(
+            f"the {kind} file is truncated or damaged ({why})", where=path, mend=mend
+        ) from error
 
 
 def check_expansion(n_bytes: int, path: Path, size: int, max_expansion: int) -> None:

@@ -28,6 +28,13 @@ T = TypeVar("T")
 MEND = "`maquette store repair` plans it again; then give the same command once more"
 
 
+_NO_REBUILD = (
+    OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, SafetensorError,
+    BadInput,
+)  # fmt: skip
+"""What reading a damaged configuration, or weights that do not fit it, may raise."""
+
+
 class Damaged(RunFailed):
     """The files of a finished run cannot be used; computing it again mends them.
 
@@ -118,9 +125,7 @@ def rebuild(folder: Path, place: Path) -> bool:
         )
         _write_weights(folder / "state" / "final" / "model.safetensors", place)
         return not changed(place, deep=True)
-    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
-        log.info("no plain model can be made of %s: %s", folder, error)
-    except (SafetensorError, BadInput) as error:
+    except _NO_REBUILD as error:
         log.info("no plain model can be made of %s: %s", folder, error)
     return False
 

@@ -13,7 +13,7 @@ mixtures of the data does not, and positives are then a quantile rather than S =
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -54,6 +54,14 @@ from maquette.data.seeds import Pool, Rows, Seeds, benchmark_rows, refuse_held_o
 from maquette.errors import BadInput
 from maquette.evaluation.membership import auroc
 from maquette.evaluation.model_ladder import check_benchmark, ladder_losses, uninformative_order
+from maquette.evaluation.predictive_strength import (
+    Choose,
+    Ties,
+    choose_extremes,
+    enrichment,
+    predictive_strength,
+    strength_histogram,
+)
 from maquette.evaluation.text_bits import FrozenModel, finished_stage, model_folder
 from maquette.parts import Card, Ctx, DataOp, Needs, State, register
 
@@ -62,105 +70,7 @@ SEEDS, TARGET, SHUFFLED = b"preselect.seeds", b"preselect.target", b"preselect.m
 RESERVED = "preselect learnt from this document"
 SATURATED = 0.5
 """Share of documents tied at S = 0 or S = 1 from which the ladder tells too little."""
-Ties = Literal["strict", "half"]
-Choose = Literal["quantile", "exact"]
 Shuffle = Literal["each", "once"]
-
-
-# --- the mathematics -----------------------------------------------------------------------------
-
-
-def predictive_strength(
-    losses_ND: Array,
-    scores_N: Sequence[float] | Array,
-    ties: Ties = "strict",
-    *,
-    models: Sequence[str] = (),
-    documents: Sequence[str] = (),
-) -> Array:
-    """S(d), the share of pairs of models that the losses on d order as the benchmark does; (D,).
-
-    losses_ND: loss of N >= 3 models on D documents, any unit that is the same for all models of
-    one document. scores_N: benchmark score of each model, higher is better, all different.
-    ties: a pair of equal losses counts 0 (`strict`, the paper's indicator) or 0.5 (`half`).
-    models, documents: names for errors. Section 2.2 of the paper, its sum over i < j.
-    Raises ValueError for a wrong shape, fewer than 3 models, scores that repeat or are not finite,
-    and a loss that is not finite.
-    """
-    losses = np.asarray(losses_ND, np.float64)
-    scores = np.asarray(scores_N, np.float64)
-    n = len(scores)
-    if n < 3:
-        raise ValueError(f"a ladder needs 3 or more models, got {n}")
-    if losses.ndim != 2 or len(losses) != n:
-        raise ValueError(f"losses must have shape ({n}, D) for {n} scores, got {losses.shape}")
-    check_benchmark(scores, models)
-    bad = np.argwhere(~np.isfinite(losses))
-    if len(bad):
-        i, d = (int(x) for x in bad[0])
-        model = models[i] if len(models) else i
-        document = documents[d] if len(documents) else d
-        raise ValueError(
-            f"the loss of model `{model}` on document `{document}` is {losses[i, d]}, not finite"
-        )
-    ordered = losses[np.argsort(scores)]
-    agree = np.zeros(losses.shape[1])
-    for i in range(n - 1):
-        better = ordered[i + 1 :]
-        agree += (ordered[i] > better).sum(axis=0)
-        if ties == "half":
-            agree += 0.5 * (ordered[i] == better).sum(axis=0)
-    return agree / (n * (n - 1) / 2)
-
-
-def strength_histogram(strength: Array) -> str:
-    """`S=0.00: 12, S=0.07: 30, ...`: documents by their (few possible) values of S."""
-    values, counts = np.unique(np.round(strength, 4), return_counts=True)
-    return ", ".join(f"S={v:.2f}: {c}" for v, c in zip(values, counts, strict=True))
-
-
-def choose_extremes(
-    strength: Array,
-    fraction: float = 0.25,
-    choose: Choose = "quantile",
-    most: int = 200_000,
-    tie_break: NDArray[Any] | None = None,
-) -> tuple[Rows, Rows]:
-    """(rows of the positives, rows of the negatives), equally many.
-
-    `quantile`: the `fraction` of documents with the highest S and as many with the lowest. `exact`:
-    those with S = 1 (the official code) and as many of the lowest. At most `most` of each. Of
-    documents with equal S those with the smaller `tie_break` come first. A document never is both:
-    where the two ends meet in one value of S, that value is left out.
-    Raises ValueError for a fraction outside (0, 0.5], and when an end is empty, with the histogram.
-    """
-    if not 0 < fraction <= 0.5:
-        raise ValueError(f"extreme_fraction must be in (0, 0.5], got {fraction}")
-    ties = np.arange(len(strength)) if tie_break is None else tie_break
-    n = int((strength == 1).sum()) if choose == "exact" else max(1, round(fraction * len(strength)))
-    n = min(n, most, len(strength))
-    high, low = np.lexsort((ties, -strength))[:n], np.lexsort((ties, strength))[:n]
-    if n and strength[high[-1]] <= strength[low[-1]]:
-        middle = strength[high[-1]] + strength[low[-1]]
-        high = high[2 * strength[high] > middle]
-        low = low[2 * strength[low] < middle]
-    n = min(len(high), len(low))
-    if not n:
-        raise ValueError(
-            f"no {'documents' if len(strength) else 'seeds'} to tell apart: "
-            f"{len(high)} with high and {len(low)} with low S ({strength_histogram(strength)})"
-        )
-    return np.sort(high[:n]), np.sort(low[:n])
-
-
-def enrichment(kept: Mask, is_target: Mask, characters: NDArray[Any]) -> float:
-    """Share of the kept characters that are target-like, over their share in the pool."""
-    total, chosen = characters.sum(), characters[kept].sum()
-    before = characters[is_target].sum() / total
-    return float(characters[kept & is_target].sum() / chosen / before)
-
-
-# --- the part ------------------------------------------------------------------------------------
 
 
 @register("preselect")
@@ -215,7 +125,7 @@ class PredictiveSelection(DataOp):
         example="""\
 import numpy as np
 from maquette.data.hashed_classifier import fit_hashed_classifier
-from maquette.methods.data.preselect import choose_extremes, predictive_strength
+from maquette.evaluation.predictive_strength import choose_extremes, predictive_strength
 
 texts = [f"the theorem holds for prime {n}" for n in range(40)]
 texts += [f"click here to buy offer {n}" for n in range(40)]

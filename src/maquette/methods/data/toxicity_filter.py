@@ -42,9 +42,8 @@ NAME = "toxicity"
 ENTRY_POINTS = "maquette.scorers"
 _WORD = re.compile(r"\w+")
 _PLAIN_TERM = re.compile(r"[a-z0-9](?:\w*[a-z0-9])?", re.ASCII)
-# Bytes of ASCII words in lower case, and a space for all others.
-_WORDS_ONLY = bytes(ord(c.lower()) if c.isalnum() or c == "_" else 32 for c in map(chr, range(128)))
-_WORDS_ONLY += b" " * 128
+# A table for `bytes.translate`: what is no part of an ASCII word becomes a space.
+_WORDS_ONLY = bytes(b if re.match(rb"\w", bytes([b])) else 32 for b in range(256))
 
 
 def read_words(path: Path) -> tuple[str, ...]:
