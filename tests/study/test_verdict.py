@@ -10,17 +10,20 @@ import pytest
 from scipy import stats
 
 from maquette.figures import number
-from maquette.study.statistics import Interval, Paired
-from maquette.study.verdict import (
+from maquette.study.charging import (
     break_even,
     break_even_sentences,
     charged,
     charging_sentence,
     cost,
+    rules_disagree,
+)
+from maquette.study.statistics import Interval, Paired
+from maquette.study.verdict import (
     decide,
     judge,
+    judge_pairs,
     resolve_smallest_effect,
-    rules_disagree,
     too_early,
     word_of,
 )
@@ -161,6 +164,26 @@ def test_the_bootstrap_does_not_depend_on_the_other_arms_names() -> None:
         for _ in range(2)
     )
     assert first == second
+
+
+def test_pairs_share_holms_levels_and_name_what_each_is_compared_with() -> None:
+    rng = np.random.default_rng(5)
+
+    def pair(effect: float) -> Paired:
+        d_SN = effect + 0.01 * rng.standard_normal((5, 40))
+        return Paired("bpb", d_SN, np.full(40, 1 / 40), np.full(5, 2.0), np.full(5, 2.0), 40)
+
+    big, none = pair(-0.5), pair(0.0)
+    found = judge_pairs(
+        [("b", "a", big), ("d", "c", none)],
+        direction="lower",
+        smallest_effect="1%",
+        rng=np.random.default_rng(0),
+    )
+    assert [v.word for v in found] == ["helps", "no difference"]
+    assert [v.level for v in found] == [0.975, 0.95]
+    assert "against a" in found[0].sentence
+    assert "that of c" in found[1].sentence
 
 
 def test_arms_with_different_metrics_are_not_judged_together() -> None:
