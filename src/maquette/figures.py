@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -14,6 +15,11 @@ def number(value: float, digits: int = 3) -> str:
         text = f"{value:.{places}f}"
         return text.rstrip("0").rstrip(".") if "." in text else text
     return f"{value:.{digits - 1}e}"
+
+
+def finite_or_none(value: Any) -> Any:
+    """None for a float that JSON has no word for: a value that diverged is stored as null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def signed(value: float, places: int) -> str:

@@ -14,6 +14,7 @@ import pytest
 from maquette.errors import BadInput
 from maquette.figures import duration, quantity
 from maquette.study import plots
+from maquette.study.charging import charged
 from maquette.study.report import (
     Report,
     fence,
@@ -22,7 +23,7 @@ from maquette.study.report import (
     render_html,
 )
 from maquette.study.statistics import Interval
-from maquette.study.verdict import charged, decide
+from maquette.study.verdict import decide
 
 HOSTILE = "<script>alert(1)</script>&\"'><img src=x onerror=alert(2)>"
 
@@ -113,6 +114,15 @@ def sample() -> dict[str, Any]:
             "unit": "bits per byte",
         },
         "baseline": "causal",
+        "summaries": [
+            {
+                "title": "Share of the gain kept",
+                "columns": ["arm", "share"],
+                "rows": [["student", 0.25], ["b", math.inf]],
+                "sentences": ["student keeps 25%."],
+            },
+            {"title": "Mean rank", "columns": ["arm"], "refused": "2 seeds finished"},
+        ],
         "arms": [
             _arm("causal", 0.0, base, 1.0),
             _arm(
@@ -216,6 +226,9 @@ def test_html_of_hostile_document_text_comes_out_escaped(tmp_path: Path) -> None
     report["machine"] = {HOSTILE: HOSTILE}
     report["held_equal"] = [*report["held_equal"][:-1], HOSTILE]
     report["warnings"] = [HOSTILE]
+    kept, none = report["summaries"]
+    kept |= {"title": HOSTILE, "columns": [HOSTILE, "share"], "sentences": [HOSTILE]}
+    kept["rows"][0][0] = none["refused"] = HOSTILE
     report["rerun"] = [HOSTILE]
     report["metric"]["unit"] = HOSTILE
     report["machine"] |= {"a": "", "b": ""}
@@ -233,6 +246,17 @@ def test_html_of_hostile_document_text_comes_out_escaped(tmp_path: Path) -> None
     assert "<img" not in text.lower()
     assert "&lt;script&gt;" in text
     assert "<script" not in paths["md"].read_text(encoding="utf-8").split("```")[0]
+
+
+def test_summaries_are_shown_or_the_reason_why_not(tmp_path: Path) -> None:
+    paths = render(sample(), tmp_path)
+    page = Page(paths["html"].read_text(encoding="utf-8")).text
+    assert "student keeps 25%." in page
+    assert "None: 2 seeds finished." in page
+    text = paths["md"].read_text(encoding="utf-8")
+    assert "| arm | share |\n|---|---:|\n| student | 0.25 |\n| b | – |\n" in text
+    stored = json.loads(paths["json"].read_text(encoding="utf-8"))["summaries"]
+    assert stored[0]["rows"] == [["student", 0.25], ["b", None]]
 
 
 def test_ids_are_unique_over_all_drawings(page_text: str) -> None:

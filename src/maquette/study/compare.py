@@ -16,6 +16,7 @@ from maquette.errors import RunFailed
 from maquette.flow import Tell, untold
 from maquette.recipe import Recipe
 from maquette.registry import packages_of
+from maquette.study.charging import cost
 from maquette.study.execute import Options, make_ctx, pick_device
 from maquette.study.located import located
 from maquette.study.pool import HERE, Place, Task, TaskDone, check_place, run_tasks
@@ -26,7 +27,7 @@ from maquette.study.statistics import MIN_SEEDS, Paired, paired
 from maquette.study.store import Store
 from maquette.study.study import UNTRAINED, Study
 from maquette.study.tuning import DEV, Tuned, tune
-from maquette.study.verdict import Verdict, cost, judge, judged_too_early
+from maquette.study.verdict import Verdict, judge, judged_too_early
 from maquette.training.feeding import check_feed
 from maquette.training.loop import Progress
 from maquette.training.sharding import check_ranks

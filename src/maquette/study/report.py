@@ -18,20 +18,17 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from maquette import atomic
 from maquette.errors import BadInput
-from maquette.figures import number, places_for, quantity, signed
+from maquette.figures import finite_or_none, number, places_for, quantity, signed
 from maquette.study import plots
-from maquette.study.verdict import Charge, Direction, Verdict, charging_sentence
+from maquette.study.charging import Charge, charging_sentence
+from maquette.study.summaries import Table
+from maquette.study.verdict import Direction, Verdict
 
 TEMPLATES = Path(__file__).parent / "templates"
 UNITS = ("flops", "tokens", "bytes", "seconds")
 
 
-def _finite_or_none(value: Any) -> Any:
-    """JSON has no NaN: a value that diverged is stored as null."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-Number = Annotated[float | None, BeforeValidator(_finite_or_none)]
+Number = Annotated[float | None, BeforeValidator(finite_or_none)]
 
 
 class _Part(BaseModel):
@@ -129,7 +126,8 @@ class Report(_Part):
 
     break_even: from how many models on one arm costs less than another, in sentences.
     untrained: the reference of a study that sets `above_untrained`; too_early: a sentence when no
-    arm is far enough above it for the verdicts to mean anything, else "".
+    arm is far enough above it for the verdicts to mean anything, else "". summaries: what the
+    study concludes from several arms or metrics together.
     """
 
     maquette_version: str
@@ -151,6 +149,7 @@ class Report(_Part):
     tuning: list[TunedArm] = Field(default_factory=list)
     untrained: Untrained | None = None
     too_early: str = ""
+    summaries: list[Table] = Field(default_factory=list)
 
 
 def _check(report: Report | Mapping[str, Any]) -> Report:

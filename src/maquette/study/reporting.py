@@ -15,21 +15,20 @@ import maquette
 from maquette.figures import number
 from maquette.recipe import Recipe
 from maquette.study import report as form
+from maquette.study.charging import (
+    Charge,
+    break_even_sentences,
+    charged,
+    charging_sentence,
+    rules_disagree,
+)
 from maquette.study.records import RunRecord
 from maquette.study.statistics import MIN_SEEDS
 from maquette.study.store import Store
 from maquette.study.study import UNTRAINED, Study
+from maquette.study.summaries import tables
 from maquette.study.tuning import Tuned
-from maquette.study.verdict import (
-    Charge,
-    Verdict,
-    break_even_sentences,
-    charged,
-    charging_sentence,
-    resolve_smallest_effect,
-    rules_disagree,
-    too_early,
-)
+from maquette.study.verdict import Verdict, resolve_smallest_effect, too_early
 from maquette.training.metrics import read_metrics
 
 CURVE_POINTS = 200
@@ -102,6 +101,7 @@ def build(
         tuning=[_tuning_view(arm) for arm in tuned.values()],
         untrained=_reference_view(study, untrained),
         too_early=early,
+        summaries=tables(study, {name: runs.items for name, runs in arms.items()}),
     )
 
 
@@ -150,7 +150,12 @@ def _arm_view(
 
 
 def _by_seed(runs: ArmRuns, metric: str) -> dict[str, float]:
-    return {str(seed): record.metrics[metric] for seed, record in runs.records.items()}
+    """The metric by seed, where the run has it: an audit may have had nothing to say."""
+    return {
+        str(seed): record.metrics[metric]
+        for seed, record in runs.records.items()
+        if metric in record.metrics
+    }
 
 
 def _mean(values: Collection[float]) -> float | None:

@@ -17,13 +17,14 @@ from maquette.quantities import Budget
 from maquette.recipe import RECIPE_KEYS, Recipe, digest, parse_recipe
 from maquette.study.ladder import Ladder, check_arms, parse_ladder
 from maquette.study.statistics import MIN_SEEDS
+from maquette.study.summaries import Summary, check_names, parse_summaries
 from maquette.study.tuning import DEV, Tuning, value_at
 from maquette.study.verdict import resolve_smallest_effect
 
 DEFAULT_SEEDS = 5
 STUDY_KEYS = (
     "question", "seeds", "metric", "baseline", "arms", "above_untrained", "tune", "amortise_over",
-    "ladder", "notes",
+    "ladder", "notes", "summaries",
 )  # fmt: skip
 UNTRAINED = "untrained"
 """What the reference of `above_untrained` is called beside the arms."""
@@ -48,12 +49,12 @@ class Study:
     """A question with everything needed to answer it; frozen once it has a digest.
 
     seeds: root seeds; arms are paired by them. above_untrained: how much better than an untrained
-    model, in the metric's unit, one arm must be before any is compared. amortise_over: models
-    expected to share what is paid once, for the `amortised` charging rule. tune: how every arm's
-    values are searched first. ladder: for `forecast`; the question `compare` answers is the same
-    without it, so it is not part of the digest. registered: the digest under which the study was
-    written down, once tuning has chosen values. given, overrides: the name or path and the
-    `key=value`s it was loaded by.
+    model, in the metric's unit, one arm must be before any is compared. summaries: tables over
+    several arms or metrics. amortise_over: models expected to share what is paid once, for the
+    `amortised` charging rule. tune: how every arm's values are searched first. ladder: for
+    `forecast`; the question `compare` answers is the same without it, so it is not part of the
+    digest. registered: the digest under which the study was written down, once tuning has chosen
+    values. given, overrides: the name or path and the `key=value`s it was loaded by.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Study:
     tune: Tuning | None = None
     amortise_over: float = 1.0
     ladder: Ladder | None = None
+    summaries: tuple[Summary, ...] = ()
     notes: str = ""
     registered: str = ""
     where: str = ""
@@ -73,15 +75,17 @@ class Study:
     overrides: tuple[str, ...] = ()
 
     def spec(self) -> dict[str, Any]:
-        """Plain data with every default written out; `above_untrained` only where it is set, so
-        that studies written before there was such a key are known by the digest they had."""
+        """Plain data with every default written out; `above_untrained` and `summaries` only where
+        they are set, so that studies written before there were such keys keep their digests."""
         margin = self.above_untrained
+        summaries = [s.model_dump(mode="json", by_alias=True) for s in self.summaries]
         return {
             "question": self.question,
             "seeds": list(self.seeds),
             "metric": self.metric.model_dump(),
             "baseline": self.baseline,
             **({} if margin is None else {"above_untrained": margin}),
+            **({"summaries": summaries} if summaries else {}),
             "tune": self.tune.model_dump(mode="json") if self.tune else None,
             "amortise_over": self.amortise_over,
             "arms": {name: recipe.spec() for name, recipe in self.arms.items()},
@@ -182,10 +186,12 @@ def parse_study(data: Mapping[str, Any], *, name: str, where: object = None) -> 
         tune=_parse_tune(data.get("tune"), where),
         amortise_over=_parse_amortise_over(data.get("amortise_over", 1), where),
         ladder=parse_ladder(data["ladder"], where=where) if "ladder" in data else None,
+        summaries=parse_summaries(data.get("summaries"), where),
         notes=str(data.get("notes", "")),
         where=str(where or ""),
     )
     check_comparable(study)
+    check_names(study)
     if study.ladder is not None:
         check_arms(study.arms, where)
     _check_tuning(study)

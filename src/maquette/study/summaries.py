@@ -1,0 +1,362 @@
+"""What a study concludes from several arms or metrics together, written down with its question.
+
+A verdict compares one arm with the baseline in one metric. Some claims are about more: two arms of
+which neither is the baseline, an average over metrics, the share of a gain that a cheaper arm
+keeps, a slope over years. A study names such tables under `summaries`; they are computed from the
+same items as the verdicts, and shown beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import BeforeValidator, Field, field_validator
+from scipy import stats
+
+from maquette.config import Frozen, validate
+from maquette.errors import BadInput, did_you_mean
+from maquette.figures import finite_or_none, number, places_for, signed
+from maquette.study.joint_statistics import mean_ranks, ratio_of_effects
+from maquette.study.statistics import MIN_SEEDS, Paired, paired, run_metric
+from maquette.study.verdict import judge_pairs
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from maquette.evaluation.temporal import Half
+    from maquette.study.study import Study
+
+Items = Mapping[str, Mapping[int, "pa.Table"]]
+"""Arm -> seed -> item table, finished runs only."""
+
+
+Cell = Annotated[str | float | None, BeforeValidator(finite_or_none)]
+
+
+class Table(Frozen):
+    """A summary as a report shows it. refused: why there are no rows, or "".
+
+    A number that is none (an end without a bound, a correlation of constants) is null.
+    """
+
+    title: str
+    columns: list[str]
+    rows: list[list[Cell]] = Field(default_factory=list)
+    sentences: list[str] = Field(default_factory=list)
+    refused: str = ""
+
+
+class Summary(Frozen):
+    """One table of a report. columns: a summary may add some."""
+
+    title: ClassVar[str]
+    columns: ClassVar[tuple[str, ...]]
+
+    def arms_named(self, study: Study) -> Sequence[str]:
+        raise NotImplementedError
+
+    def metrics_named(self, study: Study) -> Sequence[str]:
+        raise NotImplementedError
+
+    def fill(self, study: Study, items: Items, seeds: Sequence[int]) -> Table:
+        """The table from runs that all have these seeds. Raises ValueError where there is none."""
+        raise NotImplementedError
+
+    def table(self, study: Study, items: Items) -> Table:
+        """The table, or the reason why there is none."""
+        named = self.arms_named(study)
+        seeds = [s for s in study.seeds if all(s in items.get(arm, {}) for arm in named)]
+        try:
+            if len(seeds) < MIN_SEEDS:
+                raise ValueError(f"{len(seeds)} seeds finished in every arm, of {MIN_SEEDS} needed")
+            return self.fill(study, items, seeds)
+        except ValueError as error:
+            return self._table(refused=str(error))
+
+    def _table(self, **found: Any) -> Table:
+        return Table(title=self.title, columns=list(self.columns), **found)
+
+
+def _pair(
+    study: Study, items: Items, seeds: Sequence[int], metric: str, arm: str, against: str
+) -> Paired:
+    varies = type(study.audit_of(metric, against)).items_vary
+    base, mine = ([items[name][s] for s in seeds] for name in (against, arm))
+    return paired(base, mine, metric, items_vary=varies)
+
+
+class Contrasts(Summary):
+    """Verdicts of arms against other arms than the baseline, at Holm's levels over the pairs."""
+
+    title: ClassVar[str] = "Arms against each other"
+    columns: ClassVar[tuple[str, ...]] = (
+        "metric", "arm", "against", "verdict", "effect", "low", "high", "p",
+    )  # fmt: skip
+
+    type: Literal["contrasts"]
+    pairs: tuple[tuple[str, str], ...] = Field(min_length=1, examples=[[["a", "b"]]])
+    """[arm, the arm it is compared with]."""
+    metrics: tuple[str, ...] = ()
+    """The study's metric when empty."""
+
+    @field_validator("pairs")
+    @classmethod
+    def _differ(cls, value: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+        for arm, against in value:
+            if arm == against:
+                raise ValueError(f"compares `{arm}` with itself")
+        return value
+
+    def arms_named(self, study: Study) -> Sequence[str]:
+        return [arm for pair in self.pairs for arm in pair]
+
+    def metrics_named(self, study: Study) -> Sequence[str]:
+        return self.metrics or (study.metric.name,)
+
+    def fill(self, study: Study, items: Items, seeds: Sequence[int]) -> Table:
+        rows: list[list[Cell]] = []
+        sentences = []
+        for metric in self.metrics_named(study):
+            verdicts = judge_pairs(
+                [
+                    (arm, against, _pair(study, items, seeds, metric, arm, against))
+                    for arm, against in self.pairs
+                ],
+                direction=study.direction(metric),
+                smallest_effect=study.metric.smallest_effect,
+                rng=np.random.default_rng(0),
+            )
+            for (arm, against), v in zip(self.pairs, verdicts, strict=True):
+                rows.append([metric, arm, against, v.word, v.effect, v.low, v.high, v.p])
+                sentences.append(v.sentence)
+        return self._table(rows=rows, sentences=sentences)
+
+
+class MeanRanks(Summary):
+    """The arms' mean rank over several metrics: which is the best all-rounder."""
+
+    title: ClassVar[str] = "Mean rank over metrics"
+    columns: ClassVar[tuple[str, ...]] = ("arm", "mean rank", "low", "high", "share first")
+
+    type: Literal["mean-rank"]
+    metrics: tuple[str, ...] = Field(min_length=2, examples=[["infill-short", "continuation"]])
+    """Every one counts alike."""
+    arms: tuple[str, ...] = ()
+    """All arms when empty."""
+
+    def arms_named(self, study: Study) -> Sequence[str]:
+        return self.arms or tuple(study.arms)
+
+    def metrics_named(self, study: Study) -> Sequence[str]:
+        return self.metrics
+
+    def fill(self, study: Study, items: Items, seeds: Sequence[int]) -> Table:
+        named = self.arms_named(study)
+        metrics = {}
+        for metric in self.metrics:
+            pairs = [_pair(study, items, seeds, metric, arm, named[0]) for arm in named]
+            d_ASN = np.stack([pair.d_SN for pair in pairs])
+            metrics[metric] = (d_ASN, pairs[0].weights_N, study.direction(metric) == "higher")
+        found = sorted(
+            mean_ranks(named, metrics, rng=np.random.default_rng(0)), key=lambda rank: rank.mean
+        )
+        best = found[0]
+        told = ", ".join(f"{number(rank)} in {metric}" for metric, rank in best.ranks.items())
+        sentence = (
+            f"{best.arm} has the best mean rank, {number(best.mean)} of {len(named)} ({told}); it "
+            f"is first in {number(100 * best.first)}% of resamples of seeds and items."
+        )
+        columns = [*self.columns, *self.metrics]
+        rows: list[list[Cell]] = [
+            [r.arm, r.mean, r.low, r.high, r.first, *(r.ranks[m] for m in self.metrics)]
+            for r in found
+        ]
+        return Table(title=self.title, columns=columns, rows=rows, sentences=[sentence])
+
+
+class KeptGain(Summary):
+    """The share of one arm's gain over another that further arms keep.
+
+    After Kim et al. (2025, arXiv:2509.14786): of what an ensemble gains over a single model, its
+    student keeps (single - student) / (single - ensemble).
+    """
+
+    title: ClassVar[str] = "Share of the gain kept"
+    columns: ClassVar[tuple[str, ...]] = ("arm", "share", "low", "high")
+
+    type: Literal["kept-gain"]
+    start: str = Field(alias="from", examples=["single"])
+    """The arm where the share is 0."""
+    to: str = Field(examples=["ensemble"])
+    """The arm where the share is 1."""
+    arms: tuple[str, ...] = Field(min_length=1, examples=[["student"]])
+    metric: str | None = None
+    """The study's metric when left out."""
+
+    def arms_named(self, study: Study) -> Sequence[str]:
+        return (self.start, self.to, *self.arms)
+
+    def metrics_named(self, study: Study) -> Sequence[str]:
+        return (self.metric or study.metric.name,)
+
+    def fill(self, study: Study, items: Items, seeds: Sequence[int]) -> Table:
+        metric = self.metric or study.metric.name
+        gain = _pair(study, items, seeds, metric, self.to, self.start)
+        better = gain.seed_differences.mean() * (1 if study.direction(metric) == "higher" else -1)
+        if better <= 0:
+            raise ValueError(f"{self.to} gained nothing over {self.start}: there is no share of it")
+        rows: list[list[Cell]] = []
+        sentences = []
+        for arm in self.arms:
+            pair = _pair(study, items, seeds, metric, arm, self.start)
+            share = ratio_of_effects(pair.d_SN, gain.d_SN, gain.weights_N)
+            if share is None:
+                raise ValueError(
+                    f"the gain of {self.to} over {self.start} does not differ from 0 at the 95% "
+                    "level, so there is no share of it to speak of"
+                )
+            rows.append([arm, share.value, share.low, share.high])
+            sentences.append(
+                f"{arm} keeps {number(100 * share.value)}% of the gain of {self.to} over "
+                f"{self.start} in {metric} (95% interval {number(100 * share.low)}% to "
+                f"{number(100 * share.high)}%)."
+            )
+        return self._table(rows=rows, sentences=sentences)
+
+
+class TemporalDegradation(Summary):
+    """How much of a metric a year of distance between training and test text costs.
+
+    After Longpre et al. (2023, arXiv:2305.13169). The slope is fitted per seed; its interval is
+    Student's over the seeds.
+    """
+
+    title: ClassVar[str] = "Temporal degradation per year of distance"
+    columns: ClassVar[tuple[str, ...]] = ("test text", "slope", "low", "high", "r", "p")
+
+    type: Literal["temporal-degradation"]
+    years: Mapping[str, int] = Field(min_length=2, examples=[{"until-2016": 2016}])
+    """{arm: the year its training text ends}."""
+    slices: Mapping[str, int] = Field(min_length=2, examples=[{"bpb-2013-2016": 2015}])
+    """{metric: the year of the text it is measured on}."""
+
+    def arms_named(self, study: Study) -> Sequence[str]:
+        return tuple(self.years)
+
+    def metrics_named(self, study: Study) -> Sequence[str]:
+        return tuple(self.slices)
+
+    def fill(self, study: Study, items: Items, seeds: Sequence[int]) -> Table:
+        from maquette.evaluation.temporal import temporal_degradation
+
+        directions = {study.direction(metric) for metric in self.slices}
+        if len(directions) > 1:
+            raise ValueError("some of these metrics are better when higher, some when lower")
+        better = directions.pop()
+        score_SPE = np.array(
+            [
+                [[run_metric(items[arm][s], m) for m in self.slices] for arm in self.years]
+                for s in seeds
+            ]
+        )
+        years = list(self.years.values()), list(self.slices.values())
+        rows: list[list[Cell]] = []
+        sentences = []
+        halves: Mapping[Half, str] = {"all": "of any year", "newer": "newer", "older": "older"}
+        for half, told in halves.items():
+            try:
+                *fits, pooled = (
+                    temporal_degradation(S, *years, half=half, better=better)
+                    for S in (*score_SPE, score_SPE.mean(axis=0))
+                )
+            except ValueError as error:
+                if half == "all":
+                    raise
+                sentences.append(f"On {told} text alone there is no slope: {error}.")
+                continue
+            slopes = [fit.slope for fit in fits]
+            mean, se = float(np.mean(slopes)), float(stats.sem(slopes))
+            margin = float(stats.t.ppf(0.975, len(seeds) - 1)) * se
+            low, high = mean - margin, mean + margin
+            rows.append([told, mean, low, high, pooled.r, pooled.p])
+            places = places_for(margin or abs(mean))
+            sentences.append(
+                f"On text {told} a year of distance costs {signed(mean, places)} (95% interval "
+                f"over seeds {signed(low, places)} to {signed(high, places)}): "
+                f"{_reading(low, high)}."
+            )
+        return self._table(rows=rows, sentences=sentences)
+
+
+def _reading(low: float, high: float) -> str:
+    if low > 0:
+        return "the text ages"
+    return "not detectable here, which refutes nothing" if high >= 0 else "older text did better"
+
+
+KINDS: dict[str, type[Summary]] = {
+    "contrasts": Contrasts,
+    "mean-rank": MeanRanks,
+    "kept-gain": KeptGain,
+    "temporal-degradation": TemporalDegradation,
+}
+
+
+def parse_summaries(value: object, where: object = None) -> tuple[Summary, ...]:
+    """Summaries from plain data; names are checked against the study by `check_names`."""
+    if value is None:
+        return ()
+    listed = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    found = []
+    for i, entry in enumerate(listed):
+        key = f"summaries.{i}"
+        if not isinstance(entry, Mapping) or "type" not in entry:
+            mend = f"- {{type: kept-gain, from: a, to: b, arms: [c]}}; types: {', '.join(KINDS)}"
+            raise BadInput(
+                f"a summary is a mapping with a type, got {entry!r}",
+                where=where,
+                key=key,
+                mend=mend,
+            )
+        kind = KINDS.get(str(entry["type"]))
+        if kind is None:
+            raise BadInput(
+                f"there is no summary `{entry['type']}`",
+                where=where,
+                key=f"{key}.type",
+                mend=did_you_mean(str(entry["type"]), KINDS),
+            )
+        found.append(validate(kind, entry, where=where, key=key))
+    return tuple(found)
+
+
+def check_names(study: Study) -> None:
+    """Refuse summaries that name an unknown arm, or a metric an arm of theirs does not give."""
+    where = study.where or None
+    for i, summary in enumerate(study.summaries):
+        named = summary.arms_named(study)
+        for arm in named:
+            if arm not in study.arms:
+                raise BadInput(
+                    f"`{arm}` is no arm",
+                    where=where,
+                    key=f"summaries.{i}",
+                    mend=did_you_mean(arm, study.arms),
+                )
+        for metric in summary.metrics_named(study):
+            for arm in (study.baseline, *named):
+                given = {m for a in study.arms[arm].evaluate for m in a.metric_directions()}
+                if metric not in given:
+                    raise BadInput(
+                        f"no evaluation of arm `{arm}` gives the metric `{metric}`",
+                        where=where,
+                        key=f"summaries.{i}",
+                        mend=did_you_mean(metric, given) if given else "name an evaluation",
+                    )
+
+
+def tables(study: Study, items: Items) -> list[Table]:
+    """Every summary of the study from its finished runs."""
+    return [summary.table(study, items) for summary in study.summaries]
