@@ -50,18 +50,24 @@ class Windows:
 
 
 def chosen_documents(
-    part: PackedTokens, max_tokens: int, domains: Collection[str] | None = None
+    part: PackedTokens,
+    max_tokens: int,
+    domains: Collection[str] | None = None,
+    numbers: Collection[int] | None = None,
 ) -> np.ndarray:
     """Numbers of the documents to score, int64 ascending: the first by a hash, up to the limit.
 
     max_tokens: a token is reckoned as 3 bytes of text, so that the choice is the same under every
-    tokenizer. At least one document is taken; documents without text are not, nor those of other
-    domains than `domains`, where they are given.
+    tokenizer. At least one document is taken; documents without text are not. domains, numbers: of
+    these domains, and of these numbers in the part's file, alone.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
     wanted = np.array([domains is None or name in domains for name in part.domains], bool)
-    full = np.flatnonzero((part.doc_bytes > 0) & wanted[part.doc_domain])
+    usable = (part.doc_bytes > 0) & wanted[part.doc_domain]
+    if numbers is not None:
+        usable &= np.isin(part.doc_row, np.fromiter(numbers, np.int64))
+    full = np.flatnonzero(usable)
     order = full[np.argsort(mix64(part.doc_row[full].astype(np.uint64)), kind="stable")]
     total = np.cumsum(part.doc_bytes[order])
     n = max(1, int(np.searchsorted(total, max_tokens * NOMINAL_BYTES, side="right")))
@@ -177,13 +183,14 @@ def document_bits(
     length: int | None = None,
     max_tokens: int = 200_000,
     domains: Collection[str] | None = None,
+    numbers: Collection[int] | None = None,
     batch_tokens: int = 8192,
 ) -> pa.Table:
     """Bits that a causal model needs for each held-out document.
 
     tokenizer: the one `part` was encoded with. device: None takes the model's. length: tokens a
     model reads at once; None takes what its configuration allows, at most 2048. max_tokens,
-    domains: see `chosen_documents`. batch_tokens: padded tokens of a forward pass, at most.
+    domains, numbers: see `chosen_documents`. batch_tokens: padded tokens of a forward pass.
 
     A document is scored on its own: the end mark stands before its first token; further windows do
     not overlap, and the first token of each is predicted from the last one of the window before.
@@ -194,7 +201,7 @@ def document_bits(
     _check_vocabulary(model, tokenizer, part)
     device = device or model.device
     length = length or model_length(model)
-    documents = chosen_documents(part, max_tokens, domains)
+    documents = chosen_documents(part, max_tokens, domains, numbers)
     if not len(documents):
         raise BadInput(
             "no held-out document holds text",
