@@ -81,6 +81,16 @@ def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path):
     assert caught.value.key == "size"
 
 
+def test_a_key_beside_a_merge_replaces_what_is_merged(tmp_path):
+    text = "a: &a {x: 1, y: 2}\nb: &b {<<: *a, x: 3}\nc: {<<: *b, y: 4}\nd: [*b, *b]\n"
+    found = load_yaml(written(tmp_path, text))
+    assert found["b"] == {"x": 3, "y": 2}
+    assert found["c"] == {"x": 3, "y": 4}
+    assert found["d"] == [{"x": 3, "y": 2}] * 2
+    with pytest.raises(BadInput, match="twice"):
+        load_yaml(written(tmp_path, "a: &a {x: 1}\nb: {<<: *a, x: 2, x: 3}\n"))
+
+
 def test_an_inner_key_that_stands_twice_is_refused(tmp_path):
     path = written(tmp_path, "optim: {type: adamw, beta1: 0.9, beta1: 0.8}\n")
     with pytest.raises(BadInput, match="twice"):

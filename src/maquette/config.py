@@ -142,24 +142,32 @@ def parse_yaml(text: str, *, where: object, key: str | None = None) -> Any:
 
 
 def _strict_loader(where: object) -> Any:
-    """PyYAML's safe loader, with an error for a key that stands twice or is no word."""
+    """PyYAML's safe loader, with an error for a key that stands twice or is no word.
+
+    A key beside `<<` may stand in what is merged as well, and then replaces it, as YAML has it.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
         pass
 
     def mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+        own = {id(key_node) for key_node, _ in node.value}  # not merged from elsewhere
         loader.flatten_mapping(node)
-        seen: dict[Any, Any] = {}
+        written: set[Any] = set()
+        found: dict[Any, Any] = {}
         for key_node, value_node in node.value:
             name = loader.construct_object(key_node, deep=True)
             if not isinstance(name, str | int | float):
                 raise BadInput(f"a key must be a word, got {name!r}", where=where)
-            if name in seen:
-                line = key_node.start_mark.line + 1
-                raise BadInput(f"the key appears twice (line {line})", where=where, key=str(name))
-            seen[name] = loader.construct_object(value_node, deep=True)
-        return seen
+            if id(key_node) in own:
+                if name in written:
+                    line = key_node.start_mark.line + 1
+                    what = f"the key appears twice (line {line})"
+                    raise BadInput(what, where=where, key=str(name))
+                written.add(name)
+            found[name] = loader.construct_object(value_node, deep=True)
+        return found
 
     Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
     return Loader

@@ -11,6 +11,7 @@ from torch import nn
 from maquette.conformance.world import OPTIONS
 from maquette.data.tokenizers import content_digest
 from maquette.errors import BadInput
+from maquette.evaluation import ensemble_curve
 from maquette.evaluation.bits_per_byte import BitsPerByte
 from maquette.evaluation.ensemble_curve import EnsembleCurve, asymptote, cumulative_bits
 from maquette.evaluation.items import means
@@ -150,3 +151,29 @@ def test_a_summary_shows_a_limit_with_its_interval_or_why_there_is_none():
     none = EnsembleCurve().summarise(table([3.5, 3.4]), rng())[-1]
     assert none["mean"] is None
     assert "at least 4" in none["note"]
+
+
+def test_a_curve_that_cannot_tell_its_limit_gives_no_metric(ensemble):
+    subject, corpus, ctx, _ = ensemble
+    audit = EnsembleCurve(limit=True)
+    assert audit.metric_directions()["bpb-limit"] == "lower"
+    with pytest.raises(BadInput, match="at least 4") as caught:
+        audit.measure(subject, corpus, ctx)
+    assert caught.value.key == "evaluate.ensemble-curve.limit"
+
+
+def test_the_limit_is_one_item_beside_the_curve(ensemble, monkeypatch):
+    subject, corpus, ctx, _ = ensemble
+    planted = 3.34 + 0.2 / np.arange(1, 5)
+    real = ensemble_curve.curve_bits
+
+    def four_members(members, part, **options):
+        chosen, _, rival_N = real(members, part, **options)
+        size_N = part.doc_bytes[chosen]
+        return chosen, planted[:, None] * size_N, rival_N
+
+    monkeypatch.setattr(ensemble_curve, "curve_bits", four_members)
+    table = EnsembleCurve(limit=True, rivals=False).measure(subject, corpus, ctx)
+    [row] = [r for r in table.to_pylist() if r["metric"] == "bpb-limit"]
+    assert row["value"] == pytest.approx(3.34, abs=1e-3)
+    assert (row["item"], row["weight"]) == ("curve", 1.0)

@@ -17,6 +17,7 @@ from maquette.study import execute
 from maquette.study import forecast_report as reporting
 from maquette.study.forecast import Points, fit_points, forecast_points
 from maquette.study.forecast_ladder import Run, forecast_runs, forecast_study
+from maquette.study.forecast_page import render
 from maquette.study.ladder import parse_ladder
 from maquette.study.study import parse_study
 
@@ -199,6 +200,54 @@ def test_what_should_be_read_with_care_is_said():
     assert "miss the law" in " ".join(fit_points(Points("a", ("params",), x, bent)).warnings)
 
 
+def over_tokens(noise=0.0005, **laws):
+    """Points of arms over tokens, 4 budgets of 3 seeds. laws: arm -> Law."""
+    rng = np.random.default_rng(0)
+    x = np.repeat([16.0, 32.0, 64.0, 128.0], 3)
+    return {
+        arm: [
+            Points(
+                arm,
+                ("tokens",),
+                x[:, None],
+                law(x) * np.exp(noise * rng.standard_normal(12)),
+                data_alone=True,
+            )
+        ]
+        for arm, law in laws.items()
+    }
+
+
+def test_data_efficiency_is_how_much_more_the_baseline_needs():
+    # 8 / D^0.5 + 3 is 3.5 at D = 256; the arm is there at 128 (the paper's rule, by hand).
+    plain, twice = Law(3.0, (8.0,), (0.5,)), Law(3.0, (8 / 2**0.5,), (0.5,))
+    found = forecast_points(over_tokens(plain=plain, twice=twice), {}, baseline="plain")
+    [efficiency] = found.efficiencies
+    assert (efficiency.arm, efficiency.at) == ("twice", 128)
+    assert efficiency.factor.value == pytest.approx(2, rel=0.05)
+    assert efficiency.factor.low < 2 < efficiency.factor.high
+    [said] = report_of(found).efficiencies
+    assert said.sentence.startswith("With 128 tokens, twice is where plain is with 1.98 times")
+
+
+def test_what_the_baseline_never_reaches_has_no_factor():
+    plain, lower = Law(3.0, (8.0,), (0.5,)), Law(2.0, (8.0,), (0.5,))
+    found = forecast_points(over_tokens(plain=plain, lower=lower), {}, baseline="plain")
+    [said] = report_of(found).efficiencies
+    assert said.factor.value is None  # no number of tokens is enough
+    assert said.sentence.startswith("No number of tokens brings plain to where lower is with 128")
+
+
+def test_tokens_that_grow_with_the_size_say_nothing_of_data_efficiency():
+    ladder = parse_ladder({})
+    assert forecast_runs(study(), ladder, recorded(ladder)).efficiencies == ()
+    several = parse_ladder({"budget": ["2tok/param", "5tok/param", "20tok/param", "80tok/param"]})
+    both = (30.0, 30.0), (0.3, 0.3)
+    laws = {"plain": Law(1.0, *both), "better": Law(0.9, *both)}
+    found = forecast_runs(study(), several, recorded(several, laws))
+    assert [e.variable for e in found.efficiencies] == ["tokens"]
+
+
 # --- the report ----------------------------------------------------------------------------------
 
 
@@ -208,7 +257,7 @@ def rendered(tmp_path_factory):
     forecast = forecast_runs(study(), ladder, recorded(ladder))
     report = report_of(forecast, title=HOSTILE)
     folder = tmp_path_factory.mktemp("forecast")
-    return report, reporting.render(report, forecast, folder)
+    return report, render(report, forecast, folder)
 
 
 def test_the_three_forms_agree(rendered):

@@ -124,6 +124,7 @@ def sentences(report: ForecastReport) -> list[str]:
     """What a forecast says, a line each."""
     lines = [d.sentence for d in report.differences]
     lines += [arm.sentence for arm in report.arms]
+    lines += [e.sentence for e in report.efficiencies]
     lines += [report.ranks.sentence] if report.ranks else []
     lines += [f"note: {note}" for note in report.notes]
     lines += [
@@ -153,6 +154,7 @@ def forecast_from_study(
     from maquette import console
     from maquette.study import forecast_report as reporting
     from maquette.study.forecast_ladder import forecast_study
+    from maquette.study.forecast_page import render
 
     runs = len(ladder.rungs()) * len(asked.arms) * len(asked.seeds)
     options = common.options()
@@ -189,7 +191,7 @@ def forecast_from_study(
     return (
         found.forecast,
         report,
-        reporting.render(report, found.forecast, store.study_dir(found.digest)),
+        render(report, found.forecast, store.study_dir(found.digest)),
     )
 
 
@@ -209,6 +211,7 @@ def _from_table(
     from maquette.recipe import digest
     from maquette.study import forecast_report as reporting
     from maquette.study.forecast import forecast_points
+    from maquette.study.forecast_page import render
     from maquette.study.forecast_table import read_points
 
     columns = [name.strip() for name in str(x).split(",")]
@@ -242,7 +245,7 @@ def _from_table(
         facts=facts,
         rerun=[shlex.join(command)],
     )
-    return found, report, reporting.render(report, found, store.home / "forecasts" / name)
+    return found, report, render(report, found, store.home / "forecasts" / name)
 
 
 def _count(arms: dict[str, Any]) -> int:

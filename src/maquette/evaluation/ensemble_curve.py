@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 Direction = Literal["higher", "lower"]
 PROBABILITIES, WEIGHTS = "bpb-probability-mean", "bpb-weight-mean"
+LIMIT = "bpb-limit"
 
 
 @torch.no_grad()
@@ -181,6 +182,10 @@ print(found.floor, found.exponent)  # 3.34 with its interval, 0.8
     rivals: bool = True
     """Also the mean of probabilities and the mean of weights, over all members looked at; the
     latter only where their shapes agree, and both only for two members or more."""
+    limit: bool = False
+    """Also `bpb-limit`, where the curve of a run levels off, as one item: a metric that `forecast`
+    can follow over sizes, to endless members of an endless model. A curve that determines no limit
+    is an error then."""
     max_tokens: int = Field(200_000, ge=1)
     """Held-out text scored, in tokens reckoned as 3 bytes, chosen by a hash of the document."""
     batch_tokens: int = Field(8192, ge=1)
@@ -188,7 +193,9 @@ print(found.floor, found.exponent)  # 3.34 with its interval, 0.8
 
     def metric_directions(self) -> Mapping[str, Direction]:
         names = [f"bpb-k{k}" for k in range(1, self.max_members + 1)]
-        return dict.fromkeys([*names, *((PROBABILITIES, WEIGHTS) if self.rivals else ())], "lower")
+        names += [PROBABILITIES, WEIGHTS] if self.rivals else []
+        names += [LIMIT] if self.limit else []
+        return dict.fromkeys(names, "lower")
 
     def measure(self, subject: Subject, data: Corpus, ctx: Ctx) -> pa.Table:
         members = self._members(subject, ctx)
@@ -210,7 +217,7 @@ print(found.floor, found.exponent)  # 3.34 with its interval, 0.8
                     rows[WEIGHTS] = found["bits"].to_numpy()
         names, size = document_ids(data), part.doc_bytes[chosen].astype(float)
         items = [names[int(n)] for n in part.doc_row[chosen]]
-        return pa.table(
+        table = pa.table(
             {
                 "metric": pa.array([m for m in rows for _ in items], pa.string()),
                 "item": pa.array(items * len(rows), pa.string()),
@@ -218,6 +225,11 @@ print(found.floor, found.exponent)  # 3.34 with its interval, 0.8
                 "weight": pa.array(np.tile(size, len(rows))),
             }
         )
+        if not self.limit:
+            return table
+        level = _level(bits_KN.sum(axis=1) / size.sum())
+        limit = {"metric": [LIMIT], "item": ["curve"], "value": [level], "weight": [1.0]}
+        return pa.concat_tables([table, pa.table(limit)])
 
     def _members(self, subject: Subject, ctx: Ctx) -> list[PreTrainedModel]:
         model = subject.model
@@ -249,6 +261,18 @@ print(found.floor, found.exponent)  # 3.34 with its interval, 0.8
             {"metric": "limit of bpb-k", "mean": value, "items": n_items, "low": low,
              "high": high, "note": note},
         ]  # fmt: skip
+
+
+def _level(curve_K: np.ndarray) -> float:
+    """Where the curve levels off; BadInput where it does not say."""
+    found = asymptote(curve_K.tolist(), np.random.default_rng(0))
+    if found.floor is None:
+        raise BadInput(
+            f"the curve over {len(curve_K)} members has no limit to report: {found.reason}",
+            key="evaluate.ensemble-curve.limit",
+            mend="more members, more held-out text (`max_tokens`), or limit: false",
+        )
+    return found.floor.value
 
 
 def _mean_weights(members: Sequence[PreTrainedModel]) -> PreTrainedModel | None:

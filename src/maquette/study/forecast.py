@@ -2,7 +2,7 @@
 
 `forecast_points` takes plain numbers (from a ladder of runs, or a table someone has) and fits each
 arm's laws; `forecast_study` runs the ladder first. Both give a `Forecast`, which
-`forecast_report.render` writes.
+`forecast_page.render` writes.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from maquette.evaluation.scaling import (
     fit_law,
     held_out,
 )
+from maquette.study.efficiency import DATA, Efficiency, efficiencies
 from maquette.study.ranks import RankTransfer
 from maquette.study.statistics import Interval
 from maquette.study.verdict import Word, resolve_smallest_effect, word_of
@@ -36,6 +37,7 @@ class Points:
     """The runs of one arm. variables: names of the columns of x_PV. loss_P: positive, lower better.
 
     paired: rows of every arm are the same runs (size, budget and seed), in the same order.
+    data_alone: the one variable counts data, and nothing else moves with it.
     """
 
     arm: str
@@ -43,13 +45,20 @@ class Points:
     x_PV: Array
     loss_P: Array
     paired: bool = False
+    data_alone: bool = False
 
     def over(self, variable: str, rows: Array | None = None) -> Points:
         """The same runs (or some of them) over one variable."""
         column = self.variables.index(variable)
         keep = np.ones(len(self.loss_P), dtype=bool) if rows is None else rows
+        others = np.delete(self.x_PV[keep], column, axis=1)
         return Points(
-            self.arm, (variable,), self.x_PV[keep][:, [column]], self.loss_P[keep], self.paired
+            self.arm,
+            (variable,),
+            self.x_PV[keep][:, [column]],
+            self.loss_P[keep],
+            self.paired,
+            variable in DATA and all(len(set(x)) == 1 for x in others.T.tolist()),
         )
 
 
@@ -83,13 +92,17 @@ class Gap:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Everything a forecast says. outcomes: arm -> its laws, the one that predicts first."""
+    """Everything a forecast says. outcomes: arm -> its laws, the one that predicts first.
+
+    efficiencies: of arms with a law over data alone, beside that of the baseline.
+    """
 
     outcomes: dict[str, tuple[Outcome, ...]]
     gaps: tuple[Gap, ...]
     baseline: str
     ranks: RankTransfer | None = None
     notes: tuple[str, ...] = ()
+    efficiencies: tuple[Efficiency, ...] = ()
 
     @property
     def any_law(self) -> bool:
@@ -189,7 +202,8 @@ def forecast_points(
             fit_points(points, targets.get(points.variables), draws=draws, level=level, seed=seed)
             for points in laws
         )
-    return Forecast(outcomes, _gaps(outcomes, baseline, smallest_effect, level), baseline)
+    gaps = _gaps(outcomes, baseline, smallest_effect, level)
+    return Forecast(outcomes, gaps, baseline, efficiencies=efficiencies(outcomes, baseline))
 
 
 def predictor(outcomes: Sequence[Outcome]) -> Outcome | None:

@@ -1,24 +1,21 @@
-"""The report of a forecast: one self-contained page, its numbers as JSON, and a Markdown text."""
+"""What a forecast says, as data: laws, differences and ranks, each with its sentence."""
 
 from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 import maquette
-from maquette import atomic
 from maquette.evaluation.law_bootstrap import Range
 from maquette.evaluation.scaling import Law
 from maquette.figures import number, places_for, quantity, signed
-from maquette.study import plots
+from maquette.study.efficiency import Efficiency, sentence
 from maquette.study.forecast import Forecast, Outcome, predictor
-from maquette.study.forecast_plots import law_plot
 from maquette.study.ranks import RankTransfer
-from maquette.study.report import TEMPLATES, Number, environment
+from maquette.study.report import Number
 from maquette.study.verdict import Word
 
 LETTERS = "ABCDEFGH"
@@ -93,6 +90,17 @@ class Difference(_Part):
     sentence: str
 
 
+class DataEfficiency(_Part):
+    """Times the data the baseline needs for what an arm reached; null ends are without bound."""
+
+    arm: str
+    baseline: str
+    variable: str
+    at: float
+    factor: Estimate
+    sentence: str
+
+
 class Ranks(_Part):
     """Kendall's tau of the arms' order at the smallest and the largest size."""
 
@@ -118,6 +126,7 @@ class ForecastReport(_Part):
     baseline: str
     arms: list[ArmLaws]
     differences: list[Difference]
+    efficiencies: list[DataEfficiency] = Field(default_factory=list)
     ranks: Ranks | None = None
     notes: list[str] = Field(default_factory=list)
     facts: dict[str, str] = Field(default_factory=dict)
@@ -162,10 +171,22 @@ def build(
         baseline=forecast.baseline,
         arms=arms,
         differences=differences,
+        efficiencies=[_efficiency(found) for found in forecast.efficiencies],
         ranks=None if forecast.ranks is None else _ranks(forecast.ranks),
         notes=list(forecast.notes),
         facts=facts,
         rerun=list(rerun),
+    )
+
+
+def _efficiency(found: Efficiency) -> DataEfficiency:
+    return DataEfficiency(
+        arm=found.arm,
+        baseline=found.baseline,
+        variable=found.variable,
+        at=found.at,
+        factor=_estimate(found.factor),
+        sentence=sentence(found, quantity(found.at, ""), number(100 * found.factor.level)),
     )
 
 
@@ -317,84 +338,3 @@ def _ranks(given: RankTransfer) -> Ranks:
         same_order=given.same_order,
         sentence=sentence,
     )
-
-
-# --- rendering -----------------------------------------------------------------------------------
-
-
-def render(report: ForecastReport, forecast: Forecast, folder: Path) -> dict[str, Path]:
-    """Write report.html, report.json and report.md into `folder`; returns their paths by kind."""
-    paths = {kind: folder / f"report.{kind}" for kind in ("html", "json", "md")}
-    texts = {
-        "html": render_html(report, forecast),
-        "json": atomic.json_text(report.model_dump(mode="json")),
-        "md": environment(html=False).get_template("forecast.md.j2").render(**_context(report)),
-    }
-    for kind, text in texts.items():
-        # Lone surrogates (broken file names) cannot be written as UTF-8.
-        atomic.write_bytes(paths[kind], text.encode("utf-8", errors="replace"))
-    return paths
-
-
-def render_html(report: ForecastReport, forecast: Forecast) -> str:
-    """The page as text."""
-    import markupsafe
-
-    # Made by `law_plot`, which escapes the names in it.
-    figures = [
-        {"svg": markupsafe.Markup(svg), "caption": caption}
-        for svg, caption in _figures(report, forecast)
-    ]
-    css = markupsafe.Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
-    template = environment(html=True).get_template("forecast.html.j2")
-    return template.render(
-        **_context(report), figures=figures, css=css, legend=_legend(report), zip=zip
-    )
-
-
-def _context(report: ForecastReport) -> dict[str, Any]:
-    return {
-        "r": report,
-        "shown": shown,
-        "n": number,
-        "quantity": quantity,
-        "signed": signed,
-        "level": number(100 * report.level),
-    }
-
-
-def _colour(report: ForecastReport, arm: str) -> str:
-    others = [a.name for a in report.arms if a.name != report.baseline]
-    if arm == report.baseline:
-        return plots.BASE
-    return f"#0707{others.index(arm) % plots.N_COLOURS:02x}"
-
-
-def _legend(report: ForecastReport) -> list[dict[str, str]]:
-    return [
-        {"name": arm.name, "colour": plots.VARIABLES[_colour(report, arm.name)]}
-        for arm in report.arms
-        if any(law.floor for law in arm.laws)
-    ]
-
-
-def _figures(report: ForecastReport, forecast: Forecast) -> list[tuple[str, str]]:
-    kinds = dict.fromkeys(
-        o.points.variables for laws in forecast.outcomes.values() for o in laws if o.spread
-    )
-    found = []
-    for number_, variables in enumerate(kinds):
-        chosen = [
-            (o, _colour(report, arm))
-            for arm, laws in forecast.outcomes.items()
-            for o in laws
-            if o.points.variables == variables
-        ]
-        for v, name in enumerate(variables):
-            svg = law_plot(chosen, v, report.loss, f"l{number_}{v}-")
-            caption = f"{report.loss} against {name}: runs, law, {number(100 * report.level)}% band"
-            caption += ", and the target (diamond)" if any(o.at for o, _ in chosen) else ""
-            if len(variables) == 2:
-                caption += f"; {variables[1 - v]} held, runs moved to there along the law"
-            found.append((svg, caption + "."))
-    return found

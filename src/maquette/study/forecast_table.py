@@ -13,6 +13,7 @@ import numpy as np
 
 from maquette.errors import BadInput, did_you_mean
 from maquette.evaluation.scaling import distinct
+from maquette.study.efficiency import DATA
 from maquette.study.forecast import Points
 
 KINDS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
@@ -65,7 +66,8 @@ def _points(arm: str, rows: list[tuple[float, ...]], x: tuple[str, ...], path: P
                 mend="add runs of other sizes"
                 + (f", or fit `{x[1 - v]}` alone" if len(x) == 2 else ""),
             )
-    return Points(arm, x, table[:, :-1], table[:, -1])
+    alone = len(x) == 1 and x[0].lower() in DATA
+    return Points(arm, x, table[:, :-1], table[:, -1], data_alone=alone)
 
 
 def _name(row: Mapping[str, Any], column: str, path: Path, place: str) -> str:
