@@ -8,7 +8,7 @@ gives it a slug; `find` turns the slug back into the class. Nothing imports a me
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
@@ -52,6 +52,12 @@ class Part(Frozen):
         their training is billed under: `{"teacher": "helper"}`. `ctx.stage(name)` gives them.
         """
         return {}
+
+    def same_tokenizer(self) -> Collection[str]:
+        """Those of `reads` whose models must have the tokenizer of the stage this part works in,
+        and take its rows whole. A recipe in which they certainly do not is refused.
+        """
+        return ()
 
     def spec(self) -> dict[str, Any]:
         """The part as plain data, every default written out; `parse_part` reads it back."""
@@ -339,6 +345,8 @@ class Surgery(Part):
     kind: ClassVar[str] = "surgery"
     replaces_tokenizer: ClassVar[bool] = False
     """True when the stage's own tokenizer takes the place of the one the model came with."""
+    fit_trains: ClassVar[bool] = False
+    """True when `fit` trains a model for long, which `check` does not do to tell a cost."""
 
     def fit(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ctx: Ctx) -> State:
         return State()
@@ -425,6 +433,10 @@ class Workload(Part):
 
     @abstractmethod
     def sequence_length(self, size: Size) -> int: ...
+
+    def longest_row(self, size: Size) -> int | None:
+        """Tokens a model it builds can read at once; None where that is unknown or unbounded."""
+        return None
 
     def learning_rate(self, size: Size) -> float:
         """Peak rate where a recipe names none."""

@@ -32,6 +32,7 @@ from maquette.plan import Init, Node, charged_to, in_order, parse_init
 from maquette.quantities import Budget, Size, size_named
 from maquette.registry import check_packages
 from maquette.schedules import Horizon
+from maquette.tokenizer_identity import check_tokenizers
 
 # --- parts from plain data -----------------------------------------------------------------------
 
@@ -244,6 +245,7 @@ def parse_recipe(data: Mapping[str, Any], *, where: object = None) -> Recipe:
     recipe = recipe.with_special_tokens(sorted(reserved))
     for stage in recipe.stages:
         check_fit(stage, where)
+    check_tokenizers(recipe, where)
     return recipe
 
 

@@ -83,12 +83,28 @@ def test_a_soup_starts_from_the_mean_of_weights_and_exports(world, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-def test_members_with_different_tokenizers_are_refused(world):
-    other = world.workload("text/causal", vocabulary=400)
+def test_members_whose_tokenizers_turn_out_to_differ_are_refused(world):
+    """A named tokenizer is known once it is loaded; see `test_tokenizer_identity` for others."""
+    folder = world.train(plan(world, {"name": "train"})).trained().corpus.tokenizer_folder
     last = {"name": "both", "init": {"ensemble": ["a", "b"]}, "budget": "0step"}
-    data = plan(world, {"name": "a"}, {"name": "b", "workload": other}, last)
+    store = world.store("shared")
+
+    def execute_with(tokenizer):
+        a, b = (world.workload("text/causal", tokenizer=t) for t in (str(folder), tokenizer))
+        members = {"name": "a", "workload": a}, {"name": "b", "workload": b, "reseed": 1}
+        return execute(parse_recipe(plan(world, *members, last)), 0, store, OPTIONS)
+
     with pytest.raises(BadInput, match="do not share a tokenizer"):
+        execute_with("bytes")
+    assert execute_with(None)  # trained as the one in the folder was
+
+
+def test_a_stage_that_goes_on_from_an_ensemble_is_told_that_it_cannot(world):
+    both = {"name": "both", "init": {"ensemble": ["a", "b"]}, "budget": "0step"}
+    data = plan(world, *MEMBERS, both, {"name": "on", "init": {"from": "both"}})
+    with pytest.raises(BadInput, match="`both` has no plain model to start from") as caught:
         execute(parse_recipe(data), 0, world.store("shared"), OPTIONS)
+    assert caught.value.key == "stages.on.init"
 
 
 @pytest.mark.parametrize("init", [{"ensemble": ["a", "b"]}])

@@ -8,7 +8,7 @@ loss into thirds, and each third is scored apart.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -143,6 +143,9 @@ print(by_tercile(bits, reference, np.array([0, 0, 0, 1, 1, 1]), ["a", "b"]).to_p
 
     def reads(self) -> dict[str, str]:
         return reads_of(self.reference, "evaluation")
+
+    def same_tokenizer(self) -> Collection[str]:
+        return self.reads()
 
     def measure(self, subject: Subject, data: Corpus, ctx: Ctx) -> pa.Table:
         reference, tokenizer = load_frozen(self.reference, ctx, "evaluate.loss-terciles.reference")

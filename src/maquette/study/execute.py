@@ -25,6 +25,7 @@ from maquette.study.claiming import claimed
 from maquette.study.damage import mending, told_again
 from maquette.study.machine import machine_facts
 from maquette.study.store import Store
+from maquette.tokenizer_identity import inherits_tokenizer
 from maquette.training import checkpoint
 from maquette.training.distributed import ALONE, Team
 from maquette.training.ledger import Ledger
@@ -202,28 +203,43 @@ def _train_all(
 ) -> dict[str, Trained]:
     done: dict[str, Trained] = {}
     for stage in recipe.stages:
-        done[stage.name] = _train_stage(stage, done, seed, store, options, arm, on_step)
+        done[stage.name] = train_stage(stage, done, seed, store, options, arm, on_step)
     return done
 
 
-def _train_stage(
-    stage: Stage,
-    done: Mapping[str, Trained],
-    seed: int,
-    store: Store,
-    options: Options,
-    arm: str,
-    on_step: OnStep,
-) -> Trained:
-    from maquette.study.models import build
+@dataclass(frozen=True)
+class Begun:
+    """A stage before its model is built, its corpus prepared.
 
-    team = options.team
-    node = stage.node()
+    stage: as written, but reading with the tokenizer it inherits. parents: run folders of the
+    stages it starts from; started: their digests. read: digests of the stages its parts read.
+    curation: what preparing the corpus cost.
+    """
+
+    stage: Stage
+    digest: str
+    ctx: Ctx
+    corpus: Corpus
+    parents: tuple[Path, ...]
+    started: list[str]
+    read: dict[str, str]
+    curation: Ledger
+
+
+def begin(
+    stage: Stage, done: Mapping[str, Trained], seed: int, store: Store, options: Options
+) -> Begun:
+    """What a stage is trained on and from. done: the stages it needs, by name."""
+    from maquette.study.models import check_parents
+
+    node, team = stage.node(), options.team
     init = [done[name] for name in node.init]
     parents = tuple(parent.folder for parent in init)
-    stage = _inherit_tokenizer(stage, parents)
-    device = pick_device(options.device)
-    ctx = make_ctx(stage, seed, store, device)
+    check_parents(stage, parents)
+    if inherits_tokenizer(stage):
+        folder = {"tokenizer": str(parents[0] / "model")}
+        stage = replace(stage, workload=stage.workload.model_copy(update=folder))
+    ctx = make_ctx(stage, seed, store, pick_device(options.device))
     ctx = replace(ctx, stages={name: done[name].finished() for name in node.reads or ()}, team=team)
     # Apart until the end: a resumed run finds the rest of its costs in the checkpoint.
     curation = replace(ctx, ledger=Ledger())
@@ -233,9 +249,28 @@ def _train_stage(
     ctx = replace(ctx, corpus=corpus, tokenizer=corpus.tokenizer)
     started, read = [p.digest for p in init], {n: s.digest for n, s in ctx.stages.items()}
     name = stage_digest(stage, corpus.digest, seed, started, read)
+    return Begun(stage, name, ctx, corpus, parents, started, read, curation.ledger)
+
+
+def train_stage(
+    stage: Stage,
+    done: Mapping[str, Trained],
+    seed: int,
+    store: Store,
+    options: Options,
+    arm: str = "",
+    on_step: OnStep = lambda stage, progress: None,
+) -> Trained:
+    """A stage, trained now or found in the store. done: those it needs, by name."""
+    from maquette.study.models import build
+
+    team = options.team
+    begun = begin(stage, done, seed, store, options)
+    stage, ctx, corpus, parents = begun.stage, begun.ctx, begun.corpus, begun.parents
+    name = begun.digest
     folder = store.run_dir(name)
-    known = {"seed": seed, "parents": started, "read": read, **packages_of(stage.parts)}
-    text = yaml.safe_dump({**stage.spec(), **known}, sort_keys=False)
+    known = {"seed": seed, "parents": begun.started, "read": begun.read}
+    text = yaml.safe_dump({**stage.spec(), **known, **packages_of(stage.parts)}, sort_keys=False)
     arm = f"{arm}/{stage.name}" if arm else stage.name
     team.lead(lambda: store.plan(name, arm=arm, seed=seed, recipe_yaml=text))
     _check_shared(folder, team)
@@ -249,11 +284,11 @@ def _train_stage(
                 model,
                 ctx,
                 folder,
-                precision=team.lead(lambda: choose_precision_for(options, device)),
+                precision=team.lead(lambda: choose_precision_for(options, ctx.device)),
                 settings=options.settings,
                 on_step=lambda progress: on_step(stage.name, progress),
             )
-            ctx.ledger.add(curation.ledger)
+            ctx.ledger.add(begun.curation)
             team.lead(lambda: _keep(outcome, stage, ctx, store, name))
     record = team.lead(lambda: store.run(name))
     ledger = Ledger.from_dict(
@@ -315,16 +350,6 @@ def _forget_unbilled(folder: Path) -> None:
     if fitted and checkpoint.newest(state) is None:
         for place in fitted:
             shutil.rmtree(place)
-
-
-def _inherit_tokenizer(stage: Stage, parents: tuple[Path, ...]) -> Stage:
-    """A stage that goes on from another reads with its tokenizer, unless a surgery swaps it."""
-    if not parents or any(cut.replaces_tokenizer for cut in stage.surgery):
-        return stage
-    if getattr(stage.workload, "tokenizer", None) is not None:
-        return stage
-    folder = str(parents[0] / "model")
-    return replace(stage, workload=stage.workload.model_copy(update={"tokenizer": folder}))
 
 
 def _evaluate(

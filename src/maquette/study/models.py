@@ -72,19 +72,27 @@ def build(
     return model
 
 
-def _start(stage: Stage, corpus: Corpus, ctx: Ctx, parents: Sequence[Path]) -> PreTrainedModel:
-    if stage.init is None:
-        return stage.workload.build_model(head_of(stage), corpus, ctx)
-    key = f"stages.{stage.name}.init"
-    for name, folder in zip(stage.init.stages, parents, strict=True):
+def check_parents(stage: Stage, parents: Sequence[Path]) -> None:
+    """Raise BadInput where a stage to start from left no plain model. parents: their run folders.
+
+    Asked before the corpus is prepared, which takes the tokenizer from there.
+    """
+    for name, folder in zip(stage.init.stages if stage.init else (), parents, strict=True):
         if not (folder / "model").is_dir():
             raise BadInput(
                 f"stage `{name}` has no plain model to start from: a part of it cannot be merged "
                 "back, or it is an ensemble",
-                key=key,
+                key=f"stages.{stage.name}.init",
                 mend="start from a stage without that surgery; an ensemble can be read, as a "
                 "teacher is",
             )
+
+
+def _start(stage: Stage, corpus: Corpus, ctx: Ctx, parents: Sequence[Path]) -> PreTrainedModel:
+    if stage.init is None:
+        return stage.workload.build_model(head_of(stage), corpus, ctx)
+    key = f"stages.{stage.name}.init"
+    for folder in parents:
         mend_plain(folder, deep=True)
     tokenizers = {content_digest(load_tokenizer(folder / "model")) for folder in parents}
     if len(tokenizers) > 1:

@@ -13,7 +13,6 @@ import yaml
 
 import maquette
 from maquette.figures import number
-from maquette.recipe import Recipe
 from maquette.study import report as form
 from maquette.study.charging import (
     Charge,
@@ -29,6 +28,7 @@ from maquette.study.study import UNTRAINED, Study
 from maquette.study.summaries import tables
 from maquette.study.tuning import Tuned
 from maquette.study.verdict import Verdict, resolve_smallest_effect, too_early
+from maquette.tokenizer_identity import TokenizerIdentity, tokenizer_of
 from maquette.training.metrics import read_metrics
 
 CURVE_POINTS = 200
@@ -252,28 +252,16 @@ def losses_of(study: Study) -> dict[str, str]:
     They do when objective, its options and the tokenizer are one.
     """
     named: dict[str, str] = {}
-    first_with: dict[tuple[str, ...], str] = {}
+    first_with: dict[TokenizerIdentity, str] = {}
     for arm, recipe in study.arms.items():
         objective = recipe.last.objective
         options = objective.model_dump(mode="json", exclude_defaults=True)
         told = ", ".join(f"{key} {value}" for key, value in options.items())
-        first = first_with.setdefault(_tokenizer_of(recipe), arm)
+        stages = {stage.name: stage for stage in recipe.stages}
+        first = first_with.setdefault(tokenizer_of(recipe.last, stages), arm)
         named[arm] = type(objective).type + f" ({told})" * bool(told)
         named[arm] += f" in tokens of {first}" * (len(first_with) > 1 and first != study.baseline)
     return named
-
-
-def _tokenizer_of(recipe: Recipe) -> tuple[str, ...]:
-    """What decides the tokenizer that the last stage reads with."""
-    by_name = {stage.name: stage for stage in recipe.stages}
-    stage = recipe.last
-    while stage.init is not None and not (
-        any(cut.replaces_tokenizer for cut in stage.surgery)
-        or getattr(stage.workload, "tokenizer", None)
-    ):
-        stage = by_name[stage.init.stages[0]]
-    facts = ("corpus", "held_out_fraction", "dev_fraction", "vocabulary", "tokenizer", "model")
-    return tuple(str(getattr(stage.workload, fact, None)) for fact in facts)
 
 
 def _warnings(study: Study, arms: dict[str, ArmRuns]) -> list[str]:

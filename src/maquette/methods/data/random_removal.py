@@ -11,7 +11,7 @@ Whether a document goes depends on a hash of its id and the seed, never on its p
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -105,6 +105,9 @@ print(sizes[removed].sum())  # 10000
     def reads(self) -> Mapping[str, str]:
         """What the operation named by `like` reads."""
         return self.model().reads() if self.like is not None else {}
+
+    def same_tokenizer(self) -> Collection[str]:
+        return self.model().same_tokenizer() if self.like is not None else ()
 
     def digest_key(self) -> str:
         inner = self.model().digest_key() if self.like is not None else ""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
@@ -259,6 +259,9 @@ for step in range(n):
 
     def reads(self) -> Mapping[str, str]:
         return reads_of(self.teacher, "helper") if self._distils else {}
+
+    def same_tokenizer(self) -> Collection[str]:
+        return self.reads()
 
     # --- when ------------------------------------------------------------------------------------
 

@@ -36,5 +36,8 @@ class CausalText(TextWorkload):
     head: ClassVar[Head] = "causal-lm"
     evaluations: ClassVar[tuple[str, ...]] = ("bits-per-byte",)
 
+    def longest_row(self, size: Size) -> int | None:
+        return self.sequence_length(size) if self.model is None else None
+
     def config(self, size: Size, corpus: Corpus) -> PretrainedConfig:
         return llama_config(size, self.sequence_length(size), corpus.tokenizer)

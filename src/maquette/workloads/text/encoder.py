@@ -30,6 +30,9 @@ class EncoderText(TextWorkload):
         Llama takes they do not leave the unigram plateau."""
         return size.learning_rate / 2
 
+    def longest_row(self, size: Size) -> int | None:
+        return self.sequence_length(size) if self.model is None else None
+
     def config(self, size: Size, corpus: Corpus) -> PretrainedConfig:
         return ElectraConfig(
             vocab_size=len(corpus.tokenizer),
