@@ -274,6 +274,38 @@ def test_check_says_what_would_run_and_an_override_changes_it(run, world, tmp_pa
     assert "each run; 3 seed(s)" in run("check", path, "--home", home, "--device", "cpu")[1]
 
 
+def test_check_plans_what_starts_from_another_stage_and_says_what_it_leaves_out(
+    run, world, tmp_path, home
+):
+    first = {"name": "first", "budget": "4step"}
+    sampled = [{"type": "ensemble-distillation", "teacher": "first", "times": 1}]
+    arms = {
+        "on": {"stages": [first, {"name": "last", "init": {"from": "first"}}]},
+        "fed": {"stages": [first, {"name": "last", "data": sampled}]},
+    }
+    tune = {"trials": 3, "over": {"optim.learning_rate": 2}}
+    workload = world.workload("text/causal", dev_fraction=0.1)
+    path = study_file(world, tmp_path, arms=arms, tune=tune, workload=workload)
+    place = ("--home", home, "--device", "cpu")
+    status, out, errors = run("check", path, "--json", *place)
+    assert status == 0, errors
+    found = json.loads(out)
+    first, last = found["arms"]["on"]
+    assert (first["stage"], first["steps"]) == ("first", 4)
+    assert (last["stage"], last["steps"]) == ("last", 8)
+    assert found["seconds"] == pytest.approx(3 * (first["seconds"] + last["seconds"]))
+    [again] = found["arms"]["fed"]
+    assert again == first
+    why = "its data part `ensemble-distillation` reads `first`, which has to be trained first"
+    assert found["not_planned"] == {"fed": {"last": why}}
+    assert found["trials"] == 3
+    said = run("check", path, *place)[1]
+    assert f"not planned: fed, stage last: {why}" in said
+    assert "stages that arms share counted once; the 1 stage(s) not planned come on top" in said
+    assert "trials of `tune`, 3 an arm" in said
+    assert json.loads(run("ls", "runs", "--json", "--home", home)[1]) == []
+
+
 def test_one_arm_runs_is_listed_and_is_exported(run, world, tmp_path, home):
     path = study_file(world, tmp_path)
     place = ("--home", home, "--device", "cpu")

@@ -7,6 +7,8 @@ models. Both are edges of one graph; the engine trains the stages in an order th
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
@@ -124,9 +126,9 @@ def _refuse_twins(nodes: Sequence[Node], where: object) -> None:
 
     nodes: each after those it needs.
     """
-    runs: dict[str, object] = {}
+    runs = same_runs(nodes)
     for node in nodes:
-        first: dict[object, str] = {}
+        first: dict[str, str] = {}
         for parent in node.init:
             twin = first.setdefault(runs[parent], parent)
             if twin != parent:
@@ -136,9 +138,20 @@ def _refuse_twins(nodes: Sequence[Node], where: object) -> None:
                     key=f"stages.{node.name}.init",
                     mend=f"give `{parent}` a `reseed` of its own",
                 )
-        started = tuple(runs[name] for name in node.init)
-        read = tuple((name, runs[name]) for name in sorted(node.reads or ()))
-        runs[node.name] = (node.own or node.name, started, read)
+
+
+def same_runs(nodes: Sequence[Node]) -> dict[str, str]:
+    """{stage: text that two stages share, of one recipe or of several, if they are one run}.
+
+    nodes: each after those it needs.
+    """
+    runs: dict[str, str] = {}
+    for node in nodes:
+        read = {name: runs[name] for name in node.reads or ()}
+        facts = [node.own or node.name, [runs[name] for name in node.init], read]
+        text = json.dumps(facts, sort_keys=True)
+        runs[node.name] = hashlib.sha256(text.encode()).hexdigest()[:32]
+    return runs
 
 
 def _check_known(

@@ -125,7 +125,7 @@ def test_a_matrix_update_is_charged_in_the_steps_it_is_made_in(world):
 
 def test_what_a_recipe_would_cost_is_what_it_then_costs(world):
     data = recipe(world, objective="electra")
-    [planned] = plan(parse_recipe(data), world.store("shared"), OPTIONS)
+    [planned] = plan(parse_recipe(data), world.store("shared"), OPTIONS).stages
     run = world.train(data)
     assert planned.steps == 8
     assert planned.flops == pytest.approx(training_flops(run))

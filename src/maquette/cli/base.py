@@ -158,6 +158,12 @@ def _default_workers() -> int:
 
 def load_recipes(file: str, sets: Sequence[str]) -> tuple[dict[str, Any], int]:
     """The recipes of a study by arm, or the one of a recipe file; and the number of seeds."""
+    recipes, seeds, _ = load_tuned(file, sets)
+    return recipes, seeds
+
+
+def load_tuned(file: str, sets: Sequence[str]) -> tuple[dict[str, Any], int, int]:
+    """As `load_recipes`, and the trials with which the study tunes each arm, 0 for none."""
     from maquette.config import load_yaml, set_dotted
     from maquette.recipe import parse_recipe
     from maquette.study.study import locate, parse_study
@@ -168,8 +174,8 @@ def load_recipes(file: str, sets: Sequence[str]) -> tuple[dict[str, Any], int]:
         data = set_dotted(data, assignment)
     if "arms" in data:
         study = parse_study(data, name=path.stem, where=path)
-        return dict(study.arms), len(study.seeds)
-    return {path.stem: parse_recipe(data, where=path)}, 1
+        return dict(study.arms), len(study.seeds), study.tune.trials if study.tune else 0
+    return {path.stem: parse_recipe(data, where=path)}, 1, 0
 
 
 def one_of(recipes: dict[str, Any], arm: str, where: str) -> Any:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maquette.cli.base import Common, Sets, app, load_recipes, one_of, say
+from maquette.cli.base import Common, Sets, app, load_recipes, load_tuned, one_of, say
 from maquette.errors import BadInput
 
 if TYPE_CHECKING:
@@ -18,15 +18,26 @@ def check(file: str, *, sets: Sets | None = None, common: Common = Common()) -> 
     """What would run: sizes, FLOPs, memory, time and money. Refuses what cannot be compared."""
     from maquette import console
     from maquette.figures import quantity
-    from maquette.study.check import plan
+    from maquette.study.check import plan_all, total_seconds
 
-    recipes, seeds = load_recipes(file, sets or [])
+    recipes, seeds, trials = load_tuned(file, sets or [])
     if len(recipes) > 1:
         common.refuse_seed(seeds)
-    store, options = common.store(), common.options()
-    plans = {name: plan(recipe, store, options) for name, recipe in recipes.items()}
+    plans = plan_all(recipes, common.store(), common.options())
+    total = total_seconds(plans.values()) * seeds
     if common.as_json:
-        say(common, {"seeds": seeds, "arms": {k: [asdict(p) for p in v] for k, v in plans.items()}})
+        document = {
+            "seeds": seeds,
+            "seconds": total,
+            "trials": trials,
+            "arms": {arm: [asdict(p) for p in found.stages] for arm, found in plans.items()},
+            "not_planned": {
+                arm: {left.stage: left.reason for left in found.left_out}
+                for arm, found in plans.items()
+                if found.left_out
+            },
+        }
+        say(common, document)
         return
     console.table(
         ["arm", "stage", "size", "weights", "steps", "tokens", "FLOPs", "memory", "time", "USD"],
@@ -36,13 +47,23 @@ def check(file: str, *, sets: Sets | None = None, common: Common = Common()) -> 
                 quantity(p.flops, "flops"), quantity(p.memory, "bytes"),
                 quantity(p.seconds, "seconds"), "-" if p.usd is None else f"{p.usd:.2f}",
             ]
-            for arm, stages in plans.items()
-            for p in stages
+            for arm, found in plans.items()
+            for p in found.stages
         ],
         title=f"each run; {seeds} seed(s) an arm",
     )  # fmt: skip
-    total = sum(p.seconds for stages in plans.values() for p in stages) * seeds
-    print(f"about {quantity(total, 'seconds')} of training on one process")
+    for arm, found in plans.items():
+        for left in found.left_out:
+            print(f"not planned: {arm}, stage {left.stage}: {left.reason}")
+    text = f"about {quantity(total, 'seconds')} of training on one process"
+    listed = [p.run for found in plans.values() for p in found.stages]
+    if len(set(listed)) < len(listed):
+        text += ", stages that arms share counted once"
+    if left_out := {left.run for found in plans.values() for left in found.left_out}:
+        text += f"; the {len(left_out)} stage(s) not planned come on top"
+    if trials:
+        text += f"; so do the trials of `tune`, {trials} an arm"
+    print(text)
 
 
 @app.command

@@ -154,6 +154,7 @@ class ZeroShotTransfer(Surgery):
         workloads=frozenset({"text/causal", "text/encoder"}), scale="ddp"
     )
     replaces_tokenizer: ClassVar[bool] = True
+    fit_trains: ClassVar[bool] = True
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
         {
             "network": {"layers": 1, "hidden": 16, "heads": 2},
