@@ -87,7 +87,7 @@ def test_members_whose_tokenizers_turn_out_to_differ_are_refused(world):
     """A named tokenizer is known once it is loaded; see `test_tokenizer_identity` for others."""
     folder = world.train(plan(world, {"name": "train"})).trained().corpus.tokenizer_folder
     last = {"name": "both", "init": {"ensemble": ["a", "b"]}, "budget": "0step"}
-    store = world.store("shared")
+    store = world.store("refusals")
 
     def execute_with(tokenizer):
         a, b = (world.workload("text/causal", tokenizer=t) for t in (str(folder), tokenizer))
@@ -103,7 +103,7 @@ def test_a_stage_that_goes_on_from_an_ensemble_is_told_that_it_cannot(world):
     both = {"name": "both", "init": {"ensemble": ["a", "b"]}, "budget": "0step"}
     data = plan(world, *MEMBERS, both, {"name": "on", "init": {"from": "both"}})
     with pytest.raises(BadInput, match="`both` has no plain model to start from") as caught:
-        execute(parse_recipe(data), 0, world.store("shared"), OPTIONS)
+        execute(parse_recipe(data), 0, world.store("refusals"), OPTIONS)
     assert caught.value.key == "stages.on.init"
 
 
