@@ -13,6 +13,7 @@ from maquette.cli import app
 from maquette.quantities import SIZES
 from maquette.recipe import RECIPE_KEYS, parse_recipe
 from maquette.study.study import STUDY_KEYS, parse_study
+from maquette.study.summaries import parse_summaries
 from maquette.study.tuning import Tuning
 
 ROOT = Path(__file__).parents[1]
@@ -45,6 +46,8 @@ def test_every_study_and_recipe_that_is_shown_parses(guide):
             parse_study(data, name=guide)
         elif "tune" in data:
             Tuning.model_validate(data["tune"])
+        elif "summaries" in data:
+            parse_summaries(data["summaries"])
         elif "arms" not in data:
             parse_recipe(data)
 
