@@ -17,7 +17,8 @@ from maquette.evaluation.ensemble_curve import EnsembleCurve, asymptote, cumulat
 from maquette.evaluation.items import means
 from maquette.parts import Subject
 from maquette.recipe import parse_recipe
-from maquette.study.execute import evaluation_ctx, train_stages
+from maquette.study.evaluating import evaluation_ctx
+from maquette.study.execute import train_stages
 from maquette.study.models import load_subject
 from maquette.training.ensemble import LogitMean
 

@@ -18,7 +18,7 @@ from maquette.conformance.world import OPTIONS
 from maquette.errors import BadInput, RunFailed
 from maquette.methods.objectives.causal_lm import CausalLM
 from maquette.parts import Loss
-from maquette.study import execute
+from maquette.study import evaluating, execute
 from maquette.study.compare import compare
 from maquette.study.models import export
 from maquette.study.reporting import held_equal
@@ -174,7 +174,7 @@ def test_a_second_time_nothing_is_computed(answered, monkeypatch):
         raise AssertionError("a run was computed again")
 
     monkeypatch.setattr(execute, "train", computed)
-    monkeypatch.setattr(execute, "_evaluate", computed)
+    monkeypatch.setattr(evaluating, "_evaluate", computed)
     again = compare(study, store, OPTIONS)
     assert again.verdicts == first.verdicts
 

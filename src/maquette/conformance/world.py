@@ -16,10 +16,10 @@ from maquette import parts
 from maquette.errors import BadInput
 from maquette.parts import Objective, Part, Subject, Surgery
 from maquette.recipe import Recipe, parse_part, parse_recipe
+from maquette.study.evaluating import evaluation_ctx
 from maquette.study.execute import (
     Options,
     Trained,
-    evaluation_ctx,
     execute,
     train_stages,
 )

@@ -5,24 +5,22 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
 import yaml
 
 from maquette import atomic
 from maquette.errors import BadInput, MaquetteError
-from maquette.evaluation.items import SCHEMA, checked, means
 from maquette.flow import Ctx, FinishedStage
-from maquette.recipe import Recipe, Stage, digest, stage_digest
+from maquette.recipe import Recipe, Stage, stage_digest
 from maquette.registry import packages_of
 from maquette.study.claiming import Busy as Busy
 from maquette.study.claiming import claimed
 from maquette.study.damage import mending, told_again
+from maquette.study.evaluating import HELD_OUT, evaluated
 from maquette.study.machine import machine_facts
 from maquette.study.store import Store
 from maquette.tokenizer_identity import inherits_tokenizer
@@ -38,7 +36,6 @@ if TYPE_CHECKING:
     from maquette.data.corpus import Corpus
 
 log = logging.getLogger(__name__)
-HELD_OUT = "held_out"
 OnStep = Callable[[str, Progress], None]
 
 
@@ -151,35 +148,9 @@ def execute(
 
     def work() -> str:
         done = _train_all(recipe, seed, store, options, arm, on_step)
-        return _evaluated(recipe, seed, store, options, done, arm, study, part)
+        return evaluated(recipe, seed, store, options, done, arm=arm, study=study, part=part)
 
     return mending(store, options.team, work)
-
-
-def _evaluated(
-    recipe: Recipe,
-    seed: int,
-    store: Store,
-    options: Options,
-    done: Mapping[str, Trained],
-    arm: str,
-    study: str | None,
-    part: str,
-) -> str:
-    """The digest of the run of these stages, evaluated now or found in the store."""
-    team = options.team
-    last = done[recipe.last.name]
-    specs = [audit.spec() for audit in recipe.evaluate]
-    read = {name: done[name].digest for audit in recipe.evaluate for name in audit.reads()}
-    scored_on = [] if part == HELD_OUT else [part]
-    name = digest("run", last.digest, specs, read, *scored_on)
-    packages = packages_of(recipe.parts)
-    text = yaml.safe_dump({**recipe.spec(), "seed": seed, **packages}, sort_keys=False)
-    team.lead(lambda: store.plan(name, arm=arm, seed=seed, recipe_yaml=text, study=study))
-    with claimed(store, name, team, wait=options.wait) as mine:
-        if mine:
-            team.lead(lambda: _evaluate(recipe, seed, store, done, name, part))
-    return name
 
 
 def train_stages(
@@ -350,63 +321,6 @@ def _forget_unbilled(folder: Path) -> None:
     if fitted and checkpoint.newest(state) is None:
         for place in fitted:
             shutil.rmtree(place)
-
-
-def _evaluate(
-    recipe: Recipe,
-    seed: int,
-    store: Store,
-    done: Mapping[str, Trained],
-    name: str,
-    part: str,
-) -> None:
-    from maquette.study.models import load_subject
-
-    last = done[recipe.last.name]
-    ctx = evaluation_ctx(last, seed, done)
-    subject = load_subject(last)
-    corpus = _scored_on(last.corpus, part)
-    tables = []
-    for audit in recipe.evaluate:
-        start = time.perf_counter()
-        tables.append(checked(audit.measure(subject, corpus, ctx), type(audit).type))
-        log.info("%s took %.1f s", type(audit).type, time.perf_counter() - start)
-    total = Ledger()
-    total.add(ctx.ledger)
-    for stage, cause in recipe.charged_to().items():
-        cost = done[stage].ledger
-        total.add(cost.under(cause) if cause else cost)
-    warnings: dict[str, str] = {}
-    for trained in done.values():
-        warnings |= store.run(trained.digest).metrics.get("warnings", {})
-    warnings |= told_again(store, name)
-    items = pa.concat_tables([SCHEMA.empty_table(), *tables], promote_options="default")
-    store.finish(
-        name,
-        ledger=total.as_dict()["causes"],
-        metrics={
-            **{row["metric"]: row["mean"] for row in means(items)},
-            "stages": [trained.digest for trained in done.values()],
-            "warnings": warnings,
-            "peak_memory": total.peak_memory,
-        },
-        items=items,
-        machine=machine_facts(ctx.device, last.ctx.team),
-    )
-
-
-def _scored_on(corpus: Corpus, part: str) -> Corpus:
-    """The corpus with this part in the place of the held-out one."""
-    if part == HELD_OUT:
-        return corpus
-    corpus.part(part)  # it must have been split off
-    return replace(corpus, parts={**corpus.parts, HELD_OUT: corpus.parts[part]})
-
-
-def evaluation_ctx(last: Trained, seed: int, done: Mapping[str, Trained]) -> Ctx:
-    """The context evaluations get: the run's own seed, whatever its stages were reseeded with."""
-    stages = {name: trained.finished() for name, trained in done.items()}
-    return replace(last.ctx, seed=seed, stages=stages, ledger=Ledger(), team=ALONE)
 
 
 def choose_precision_for(options: Options, device: torch.device) -> Any:

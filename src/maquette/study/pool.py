@@ -14,7 +14,8 @@ from typing import Any
 
 from maquette.errors import BadInput, RunFailed
 from maquette.recipe import Recipe, parse_recipe
-from maquette.study.execute import HELD_OUT, Busy, Options, execute
+from maquette.study.evaluating import HELD_OUT
+from maquette.study.execute import Busy, Options, execute
 from maquette.study.located import located
 from maquette.study.store import Store
 from maquette.study.workers import Died, Told, Workers
