@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 from maquette.data.corpus import Corpus, prepare
 from maquette.data.tokenizers import TokenizerSpec
 from maquette.errors import BadInput
-from maquette.evaluation.infill import TASKS, Infill, crop_length, documents, hide, score_rows
+from maquette.evaluation.hidden_text import score_rows
+from maquette.evaluation.infill import TASKS, Infill, crop_length, documents, hide
 from maquette.methods.objectives.prefix_lm import PrefixLanguageModelling
 from maquette.methods.objectives.span_corruption import SpanCorruption
 from maquette.methods.objectives.ul2 import MixtureOfDenoisers
@@ -227,3 +228,57 @@ def test_a_document_pools_its_crops(corpus):
         assert weight == 2 * weight_of_one
         # What the second crop alone scored is a plausible number of bits, not a leftover sum.
         assert 2 * value - first == pytest.approx(np.log2(len(corpus.tokenizer)), rel=0.2)
+
+
+def test_the_same_text_is_continued_under_another_mode(corpus):
+    tasks = ("continuation", "continuation-as-r", "continuation-as-x")
+    model, arm = seq2seq(corpus), MixtureOfDenoisers()
+    with torch.no_grad():  # a mode embedding that matters, and a decoder that looks at it
+        for mode, value in (("[R]", 9.0), ("[X]", -9.0)):
+            row = corpus.tokenizer.convert_tokens_to_ids(mode)
+            model.get_input_embeddings().weight[row] = value
+        model.decoder.block[0].layer[1].EncDecAttention.o.weight *= 30
+    found = measure(corpus, model, arm, tasks=tasks)
+    assert {metric for metric, _ in found} == set(tasks)
+    for task, mode in (("continuation-as-r", "[R]"), ("continuation-as-x", "[X]")):
+        asked = measure(corpus, model, arm, tasks=["continuation"], continuation_mode=mode)
+        for (_, name), score in asked.items():
+            assert found[task, name] == score
+            assert found[task, name][0] != pytest.approx(found["continuation", name][0], rel=1e-4)
+            assert found[task, name][1] == found["continuation", name][1]
+
+
+@pytest.mark.parametrize(
+    "arm", [SpanCorruption(), PrefixLanguageModelling(), MixtureOfDenoisers(mode_tokens=None), None]
+)
+def test_without_mode_tokens_another_mode_is_the_same_question(corpus, arm):
+    subject, ctx = Subject(seq2seq(corpus), corpus.tokenizer, objective=arm), context()
+    audit = Infill(tasks=("continuation", "continuation-as-r"), max_documents=8)
+    rows = audit.measure(subject, corpus, ctx).to_pylist()
+    by_task = {
+        task: [(r["item"], r["value"], r["weight"]) for r in rows if r["metric"] == task]
+        for task in audit.tasks
+    }
+    assert by_task["continuation"] == by_task["continuation-as-r"]
+    once = context()
+    Infill(tasks=("continuation",), max_documents=8).measure(subject, corpus, once)
+    assert ctx.ledger.total("flops") == once.ledger.total("flops") > 0
+
+
+def test_metrics_are_those_of_the_tasks_and_default_specs_are_as_they_were():
+    assert set(Infill().metric_directions()) == set(ALL)
+    assert set(Infill(tasks=("continuation-as-r",)).metric_directions()) == {"continuation-as-r"}
+    assert Infill().spec() == {
+        "type": "infill",
+        "tasks": list(ALL),
+        "max_documents": 128,
+        "crops": 4,
+        "min_tokens": 16,
+        "length": None,
+        "batch_size": 32,
+        "corruption_seed": 0,
+        "short_mode": "auto",
+        "long_mode": "auto",
+        "continuation_mode": "auto",
+        "continuation_sentinel": None,
+    }

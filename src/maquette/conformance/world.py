@@ -62,13 +62,18 @@ def _words(rng: np.random.Generator, n: int) -> list[str]:
 
 
 def _function(rng: np.random.Generator, words: Sequence[str]) -> str:
-    """A function that parses; one in eight holds an insecure call."""
+    """A function that parses; one in eight holds an insecure call. Long docstrings have two
+    sentences."""
     bodies = _RISKY if rng.random() < 0.125 else _BODIES
     name, a, b, c, d = rng.choice(words, 5, replace=False)
-    doc = " ".join(rng.choice(words, rng.integers(5, 14)))
+    said = list(rng.choice(words, rng.integers(5, 14)))
+    said[0] = said[0].capitalize()
+    if len(said) > 7:
+        said[3:5] = f"{said[3]}.", said[4].capitalize()
+    doc = " ".join(said)
     n, m = rng.integers(2, 999, 2)
     body = bodies[rng.integers(len(bodies))].format(a=a, b=b, c=c, d=d, n=n, m=m)
-    return f'def {name}_{d}({a}, {b}):\n    """{doc.capitalize()}."""\n{body}'
+    return f'def {name}_{d}({a}, {b}):\n    """{doc}."""\n{body}'
 
 
 def write_corpus(folder: Path, *, files: int = 16, functions: int = 20, seed: int = 0) -> None:

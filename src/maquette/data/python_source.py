@@ -29,17 +29,29 @@ in a call, `parameter` a name in a `def` or `lambda` header, `variable` any othe
 
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _LINE_END = re.compile(rb"\r\n|\r|\n")
+ABBREVIATIONS = frozenset(
+    ("al", "approx", "cf", "dr", "e.g", "eg", "eq", "fig", "i.e", "ie", "mr", "mrs", "prof",
+     "ref", "resp", "sec", "vs")
+)  # fmt: skip
+"""Words whose dot ends no sentence. Not `etc`, which often ends one; where it does not, the next
+word begins in lower case."""
+_SENTENCE_END = re.compile(r"""(?<!\.)[.!?]+(?<!\.\.)["'`’”»)\]}]*(?=\s|$)""")
+_PARAGRAPH_END = re.compile(r"\n(?=[^\S\n]*(?:\n|:\w|@\w|>>>|[-=~^]{3,}[^\S\n]*(?:\n|$)))")
 
 
 @dataclass(frozen=True)
 class Function:
-    """A function definition: qualified name, source text from `def` on, package, place."""
+    """A function definition: qualified name, source text from `def` on, package, place.
+
+    docstring: as `inspect.cleandoc` has it, "" without one.
+    """
 
     name: str
     source: str
     package: str
     start: int
     end: int
+    docstring: str = ""
 
 
 class Positions:
@@ -83,7 +95,8 @@ def functions(
             is_function = isinstance(node, _DEFINITIONS)
             if isinstance(node, _DEFINITIONS) and (nested or not inside):
                 start, end = place.span(node)
-                yield Function(f"{prefix}{node.name}", source[start:end], package, start, end)
+                text, docstring = source[start:end], ast.get_docstring(node) or ""
+                yield Function(f"{prefix}{node.name}", text, package, start, end, docstring)
             name = getattr(node, "name", None)
             scope = isinstance(node, ast.ClassDef) or is_function
             below = f"{prefix}{name}." if scope else prefix
@@ -91,6 +104,28 @@ def functions(
                 yield from walk(children, below, inside or is_function)
 
     yield from walk(tree.body, "", False)
+
+
+def first_sentence(docstring: str) -> tuple[str, str] | None:
+    """(first sentence, what follows it) of a docstring, or None where one of them is empty.
+
+    The sentence ends with the first `.`, `!` or `?` (and what closes quotes or brackets) before
+    white space, unless an abbreviation ends there (`ABBREVIATIONS`), the mark is one of several
+    dots, or the next word begins in lower case. It ends with its paragraph at the latest; a
+    paragraph ends at an empty line, and before a field (`:param x:`, `@return`), a doctest or an
+    underline. White space within the sentence becomes single spaces; what follows keeps its own.
+    """
+    text = docstring.strip()
+    whole = _PARAGRAPH_END.search(text)
+    end = whole.start() if whole else len(text)
+    for mark in _SENTENCE_END.finditer(text, 0, end):
+        word = text[: mark.start()].split()[-1:] or [""]
+        after = text[mark.end() : end].lstrip()[:1]
+        if word[0].lower().lstrip("([{'\"`") not in ABBREVIATIONS and not after.islower():
+            end = mark.end()
+            break
+    sentence, rest = " ".join(text[:end].split()), text[end:].strip()
+    return (sentence, rest) if sentence and rest else None
 
 
 def _blocks(node: ast.stmt) -> Iterator[list[ast.stmt]]:

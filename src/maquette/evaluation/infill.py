@@ -4,6 +4,10 @@ Three tasks on held-out documents, after the evaluation of UL2 (Tay et al., 2022
 arXiv:2205.05131): short holes (mean span 3, 15% hidden), long holes (mean span 16, 50% hidden)
 and the second half of a text given the first. What is hidden depends on the document alone, never
 on the seed or the arm, so that scores of two arms pair item by item.
+
+Two more tasks test whether mode switching was learnt: `continuation-as-r` and `continuation-as-x`
+continue the same texts, announced by the mode token of short and of long holes. A model without
+mode tokens has the same score there as in `continuation`, so that all arms give the metric.
 """
 
 from __future__ import annotations
@@ -16,41 +20,51 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from maquette.data.denoising import (
-    Corrupted,
-    corrupt,
-    joint_lengths,
-    noise_mask,
-    span_counts,
-    suffix_mask,
-)
-from maquette.data.denoising_tasks import Layout, as_arrays, reserved_ids
+from maquette.data.denoising import joint_lengths, noise_mask, span_counts, suffix_mask
+from maquette.data.denoising_tasks import Layout
 from maquette.errors import BadInput
+from maquette.evaluation.hidden_text import (
+    arrays_of,
+    layout_of,
+    mode_token,
+    reads_left_to_right,
+    score_rows,
+)
+from maquette.evaluation.items import SCHEMA
 from maquette.parts import Audit, Card, Ctx, Needs, Subject, register
 from maquette.training.denoising_objective import DenoisingObjective
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from transformers import PreTrainedModel
 
     from maquette.data.corpus import Corpus
 
-TaskName = Literal["infill-short", "infill-long", "continuation"]
+Family = Literal["R", "S", "X"]
+TaskName = Literal[
+    "infill-short", "infill-long", "continuation", "continuation-as-r", "continuation-as-x"
+]
 
 
 @dataclass(frozen=True)
 class Holes:
-    """What a task hides. family: the denoiser family whose mode token announces it."""
+    """What a task hides. family: the denoiser family whose mode token announces it.
 
-    family: str
+    drawn_as: the task with whose random stream the places are drawn; tasks that share it hide the
+    same text.
+    """
+
+    family: Family
+    drawn_as: str
     mean_span: float = 0.0
     rate: float = 0.0
 
 
 TASKS: Mapping[TaskName, Holes] = {
-    "infill-short": Holes("R", 3, 0.15),
-    "infill-long": Holes("X", 16, 0.5),
-    "continuation": Holes("S"),
+    "infill-short": Holes("R", "infill-short", 3, 0.15),
+    "infill-long": Holes("X", "infill-long", 16, 0.5),
+    "continuation": Holes("S", "continuation"),
+    "continuation-as-r": Holes("R", "continuation"),
+    "continuation-as-x": Holes("X", "continuation"),
 }
 
 
@@ -97,52 +111,13 @@ def documents(data: Corpus, limit: int) -> list[tuple[int, str, str]]:
     return heapq.nsmallest(limit, rows())
 
 
-def score_rows(
-    model: PreTrainedModel,
-    arrays: Mapping[str, np.ndarray],
-    token_bytes: np.ndarray,
-    *,
-    causal_input: bool,
-    batch_size: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """(bits, bytes) of the hidden text of each row; sentinels and end tokens are not scored.
-
-    arrays: as `data.denoising_tasks.as_arrays` gives them. token_bytes: bytes of each id.
-    """
-    import torch
-
-    from maquette.training.prefix_attention import target_logits, token_nats
-
-    shift = 1 if "prefix_lengths" in arrays else 0
-    text = arrays["text"][:, shift:]
-    labels = arrays["labels"][:, shift:]
-    sizes = np.where(text, token_bytes[np.where(text, labels, 0)], 0).sum(axis=1)
-    bits = np.zeros(len(text))
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for start in range(0, len(text), batch_size):
-                rows = slice(start, start + batch_size)
-                tensors = {
-                    name: torch.from_numpy(np.ascontiguousarray(a[rows])).to(model.device)
-                    for name, a in arrays.items()
-                    if name != "text"
-                }
-                nats = token_nats(*target_logits(model, tensors, causal_input=causal_input))
-                scored = nats.double().cpu().numpy() * text[rows]
-                bits[rows] = scored.sum(axis=1) / np.log(2)
-    finally:
-        model.train(training)
-    return bits, sizes
-
-
 _EXAMPLE = """\
 import numpy as np, torch
 from transformers import T5Config, T5ForConditionalGeneration
 from maquette.data.denoising import corrupt
 from maquette.data.denoising_tasks import Layout, as_arrays
-from maquette.evaluation.infill import TASKS, hide, score_rows
+from maquette.evaluation.hidden_text import score_rows
+from maquette.evaluation.infill import TASKS, hide
 text, mask = hide(np.arange(20, 90), TASKS["infill-long"], 60, np.random.default_rng(0))
 split = corrupt(text[None], mask[None], np.array([60]), sentinels_S=np.arange(2, 12), eos=1,
                 pad=0, inputs_length=64, targets_length=64)
@@ -187,7 +162,7 @@ class Infill(Audit):
     tasks: tuple[TaskName, ...] = Field(
         ("infill-short", "infill-long", "continuation"), min_length=1
     )
-    """Which of the three are measured."""
+    """Which are measured; `continuation-as-r` and `-as-x` continue under another mode token."""
     max_documents: int = Field(128, ge=1)
     """Held-out documents scored, chosen by a hash of their id."""
     crops: int = Field(4, ge=1)
@@ -209,21 +184,15 @@ class Infill(Audit):
     continuation_sentinel: bool | None = None
     """Continue behind a sentinel, as models of span corruption do; None asks the objective."""
 
-    def _mode(self, task: TaskName, subject: Subject) -> str | None:
-        given = {
-            "infill-short": self.short_mode,
-            "infill-long": self.long_mode,
-            "continuation": self.continuation_mode,
-        }[task]
-        if given != "auto":
-            return given
-        objective = subject.objective
-        if isinstance(objective, DenoisingObjective):
-            return objective.mode_for(TASKS[task].family)
-        return None
+    def metric_directions(self) -> Mapping[str, Literal["higher", "lower"]]:
+        return dict.fromkeys(self.tasks, "lower")
 
-    def _marked(self, task: TaskName, subject: Subject) -> bool:
-        if task != "continuation":
+    def _mode(self, holes: Holes, subject: Subject) -> str | None:
+        given = {"R": self.short_mode, "X": self.long_mode, "S": self.continuation_mode}
+        return mode_token(subject, holes.family, given[holes.family])
+
+    def _marked(self, holes: Holes, subject: Subject) -> bool:
+        if holes.rate:
             return True
         if self.continuation_sentinel is not None:
             return self.continuation_sentinel
@@ -232,7 +201,9 @@ class Infill(Audit):
 
     def _split(
         self,
-        task: TaskName,
+        holes: Holes,
+        mode: str | None,
+        marked: bool,
         texts: Sequence[tuple[int, np.ndarray]],
         subject: Subject,
         layout: Layout,
@@ -240,7 +211,6 @@ class Infill(Audit):
         """(model inputs, document index of each row) for one task."""
         from maquette.data.order import generator
 
-        holes, mode, marked = TASKS[task], self._mode(task, subject), self._marked(task, subject)
         width = crop_length(holes, layout.length)
         shares = [min(self.crops, max(1, len(tokens) // width)) for _, tokens in texts]
         owner = np.repeat(np.arange(len(texts)), shares)
@@ -248,26 +218,15 @@ class Infill(Audit):
         mask, lengths = np.zeros(ids.shape, bool), np.zeros(len(owner), np.int64)
         cropped = [(*texts[i], k) for i, share in enumerate(shares) for k in range(share)]
         for row, (key, tokens, k) in enumerate(cropped):
-            rng = generator(self.corruption_seed, f"infill/{task}", key, k)
+            rng = generator(self.corruption_seed, f"infill/{holes.drawn_as}", key, k)
             crop, hidden = hide(tokens, holes, width, rng)
             lengths[row] = len(crop)
             ids[row, : len(crop)], mask[row, : len(crop)] = crop, hidden
         spans = span_counts(width, holes.mean_span, holes.rate)[1] if holes.rate else int(marked)
-        words = reserved_ids(subject.tokenizer, spans, None if mode is None else (mode,))
-        split: Corrupted = corrupt(
-            ids,
-            mask,
-            lengths,
-            sentinels_S=words.sentinels_S,
-            eos=words.eos,
-            pad=words.pad,
-            inputs_length=layout.length,
-            targets_length=layout.length,
-            marked_B=np.full(len(owner), marked),
-            modes_B=None if mode is None else np.full(len(owner), next(iter(words.modes.values()))),
-            input_eos=not layout.joint,
+        arrays = arrays_of(
+            ids, mask, lengths, subject=subject, layout=layout, mode=mode, spans=spans
         )
-        return as_arrays(split, layout=layout, pad=words.pad), owner
+        return arrays, owner
 
     def measure(self, subject: Subject, data: Corpus, ctx: Ctx) -> pa.Table:
         import pyarrow as pa
@@ -291,32 +250,29 @@ class Infill(Audit):
                 mend="lower min_tokens or give longer documents",
             )
         sizes = token_bytes(subject.tokenizer)
-        joint = not subject.model.config.is_encoder_decoder
-        # A decoder that no prefix objective trained has only ever looked left.
-        causal = bool(getattr(subject.objective, "causal_input", True))
+        layout, causal = layout_of(subject, length), reads_left_to_right(subject)
         rows: list[dict[str, object]] = []
+        known: dict[tuple[object, ...], tuple[np.ndarray, np.ndarray]] = {}
         for task in self.tasks:
-            arrays, owner = self._split(task, texts, subject, Layout(length, joint=joint))
-            with ctx.ledger.meter("evaluation"):
-                bits, n_bytes = score_rows(
-                    subject.model,
-                    arrays,
-                    sizes,
-                    causal_input=causal,
-                    batch_size=self.batch_size,
-                )
-            bits, n_bytes = np.bincount(owner, bits), np.bincount(owner, n_bytes)
+            holes = TASKS[task]
+            mode, marked = self._mode(holes, subject), self._marked(holes, subject)
+            # Without mode tokens, continuing under another mode is the same question again.
+            question = (holes.drawn_as, mode, marked)
+            if question not in known:
+                arrays, owner = self._split(holes, mode, marked, texts, subject, layout)
+                with ctx.ledger.meter("evaluation"):
+                    bits, n_bytes = score_rows(
+                        subject.model,
+                        arrays,
+                        sizes,
+                        causal_input=causal,
+                        batch_size=self.batch_size,
+                    )
+                known[question] = np.bincount(owner, bits), np.bincount(owner, n_bytes)
+            bits, n_bytes = known[question]
             rows += [
                 {"metric": task, "item": name, "value": float(b / n), "weight": float(n)}
                 for name, b, n in zip(names, bits, n_bytes, strict=True)
                 if n > 0
             ]
-        schema = pa.schema(
-            [
-                ("metric", pa.string()),
-                ("item", pa.string()),
-                ("value", pa.float64()),
-                ("weight", pa.float64()),
-            ]
-        )
-        return pa.Table.from_pylist(rows, schema=schema)
+        return pa.Table.from_pylist(rows, schema=SCHEMA)

@@ -1,8 +1,8 @@
 """Fine-tuning a copy of a body with a linear head on few labels: the machinery of the probes.
 
-The recipe is the one of ELECTRA (Clark et al., 2020, arXiv:2003.10555): AdamW, 10% linear
-warm-up and linear decay, rates that fall with the depth of a layer, the best of a few peak rates
-by accuracy on a development part.
+`shuffled` and `descend` serve any short fine-tuning. The probes' recipe is the one of ELECTRA
+(Clark et al., 2020, arXiv:2003.10555): AdamW, 10% linear warm-up and linear decay, rates that fall
+with the depth of a layer, the best of a few peak rates by accuracy on a development part.
 """
 
 from __future__ import annotations
@@ -261,9 +261,8 @@ def fine_tune(
         raise ValueError("fine-tuning needs learning rates above 0, and epochs and batch above 0")
     if not len(train) or not len(dev):
         raise ValueError(f"fine-tuning needs rows, got {len(train)} to train, {len(dev)} dev")
-    count, batch = count or CountedCalls(), min(batch, len(train))
-    line = np.concatenate([generator.permutation(len(train)) for _ in range(epochs)])
-    order = line[: len(line) // batch * batch].reshape(-1, batch)
+    count = count or CountedCalls()
+    order = shuffled(len(train), batch, epochs, generator)
     seed = int(generator.integers(2**63))
     best, best_score, accuracies = None, (-1.0, 0.0), {}
     for rate in learning_rates:
@@ -292,27 +291,59 @@ def _train(
     body, head = (copy.deepcopy(m).to(device).float().train() for m in (body, head))
     body.requires_grad_(True)
     groups = parameter_groups(body, head, learning_rate, layer_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-6, fused=True)
+
+    def loss_of(rows: np.ndarray) -> Tensor:
+        here = data.rows(rows, device)
+        with autocast():
+            logits = _logits(body, head, here)
+        return _loss(logits, here.labels)
+
+    descend(groups, order, loss_of, schedule=_SCHEDULE, seed=seed, device=device, count=count)
+    return body.eval(), head.eval()
+
+
+def shuffled(n: int, batch: int, epochs: int, generator: np.random.Generator) -> np.ndarray:
+    """Row numbers of each step, int64 of shape (steps, min(batch, n)): a new order every epoch.
+
+    All batches are full; an epoch's rest goes to the next one, and the last one's is left out.
+    """
+    batch = min(batch, n)
+    line = np.concatenate([generator.permutation(n) for _ in range(epochs)])
+    return line[: len(line) // batch * batch].reshape(-1, batch)
+
+
+def descend(
+    groups: Sequence[dict[str, Any]],
+    order: np.ndarray,
+    loss_of: Callable[[np.ndarray], Tensor],
+    *,
+    schedule: Schedule,
+    seed: int,
+    device: torch.device,
+    count: CountedCalls,
+) -> None:
+    """One AdamW step per row of `order`, gradients clipped to norm 1; changes the parameters.
+
+    groups: parameter groups with their `peak_lr`. loss_of: the mean loss of a batch of rows.
+    seed: of dropout, which draws from torch's global stream; that stream is left as it was.
+    """
+    optimizer = torch.optim.AdamW(list(groups), betas=(0.9, 0.999), eps=1e-6, fused=True)
     parameters = [p for group in groups for p in group["params"]]
     horizon = Horizon(len(order))
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):  # dropout draws from torch's global stream
+    with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         for step, rows in enumerate(order):
-            here = data.rows(rows, device)
 
-            def gradients(here: Labelled = here) -> None:
-                with autocast():
-                    logits = _logits(body, head, here)
-                _loss(logits, here.labels).backward()
+            def gradients(rows: np.ndarray = rows) -> None:
+                loss_of(rows).backward()
 
             count(("train", len(rows)), gradients)
             torch.nn.utils.clip_grad_norm_(parameters, CLIP)
             for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * _SCHEDULE.factor(step, horizon)
+                group["lr"] = group["peak_lr"] * schedule.factor(step, horizon)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    return body.eval(), head.eval()
 
 
 def _logits(body: nn.Module, head: nn.Module, data: Labelled) -> Tensor:
