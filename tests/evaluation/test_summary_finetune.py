@@ -28,7 +28,7 @@ from maquette.evaluation.summary_finetune import (
     fine_tuned,
     lengths_within,
 )
-from maquette.evaluation.summary_pairs import Pair, choose_pairs, pairs_in
+from maquette.evaluation.summary_pairs import Pair, choose_pairs, pairs_in, with_other_sources
 from maquette.methods.objectives.prefix_lm import PrefixLanguageModelling
 from maquette.methods.objectives.span_corruption import SpanCorruption
 from maquette.methods.objectives.ul2 import MixtureOfDenoisers
@@ -216,12 +216,13 @@ def frozen(model):
     return model.requires_grad_(False)
 
 
-def measure(corpus, model, objective=None, seed=0, **options):
+def measure(corpus, model, objective=None, seed=0, metric="summary-bits", **options):
     audit = SummaryFinetune(**{"epochs": 1, "learning_rate": 1e-3, **options})
     subject = Subject(frozen(model), corpus.tokenizer, objective=objective)
     table = audit.measure(subject, corpus, context(seed))
-    assert set(table["metric"].to_pylist()) == {"summary-bits"}
-    return {r["item"]: (r["value"], r["weight"]) for r in table.to_pylist()}
+    assert set(table["metric"].to_pylist()) == {"summary-bits", "summary-input-gain"}
+    chosen = [r for r in table.to_pylist() if r["metric"] == metric]
+    return {r["item"]: (r["value"], r["weight"]) for r in chosen}
 
 
 def bits_of(found) -> float:
@@ -381,6 +382,23 @@ def test_the_r_token_is_put_in_front_where_there_is_one(corpus):
     none = measure(corpus, model, MixtureOfDenoisers(), mode=None, **options)
     assert auto != none
     assert none == measure(corpus, model, SpanCorruption(), **options)
+
+
+def test_other_sources_come_from_other_documents():
+    pairs = [*choose_pairs(rows(5), per_document=3, max_chars=200), PAIR]
+    swapped = with_other_sources(pairs)
+    owner = {p.source: p.document for p in pairs}
+    assert [(p.name, p.target) for p in swapped] == [(p.name, p.target) for p in pairs]
+    assert all(owner[p.source] != p.document for p in swapped)
+
+
+def test_the_gain_is_what_the_right_input_saves(corpus):
+    model, options = seq2seq(corpus), {"metric": "summary-input-gain"}
+    deaf = measure(corpus, model, learning_rate=1e-12, **options)
+    assert abs(bits_of(deaf)) < 0.05  # weights drawn at random do not favour the right input
+    # The animal is three of the 23 bytes, log2(10) bits that only the input tells.
+    told = measure(corpus, model, epochs=60, learning_rate=1e-2, **options)
+    assert bits_of(told) > 0.05
 
 
 def test_the_cost_is_billed_to_evaluation(corpus):

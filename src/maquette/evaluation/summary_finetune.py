@@ -38,7 +38,7 @@ from maquette.evaluation.probing import (
     metered,
     shuffled,
 )
-from maquette.evaluation.summary_pairs import Pair, pairs_of
+from maquette.evaluation.summary_pairs import Pair, pairs_of, with_other_sources
 from maquette.parts import Audit, Card, Ctx, Needs, Subject, register
 from maquette.quantities import parse_bytes
 from maquette.schedules import Schedule
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-METRIC = "summary-bits"
+BITS, GAIN = "summary-bits", "summary-input-gain"
 LEAST_PAIRS = 50
 """Pairs to fine-tune on, at least, unless fewer are asked for."""
 _CONSTANT = Schedule(shape="constant", warmup_fraction=0.0)
@@ -170,11 +170,16 @@ class SummaryFinetune(Audit):
     that no document and no cluster of near-duplicates is on both sides; a docstring that is equal
     to a scored one is not learnt from. Which pairs there are depends on the corpus alone, the
     order of learning on the seed. One row per held-out document, over its pairs, as functions of
-    one document resemble each other. Where arms differ in data parts, each learns from what its
-    own left of the training part.
+    one document resemble each other.
+
+    `summary-input-gain` says how far the model reads what it is given: the bits per byte that the
+    docstring's rest saves, against the rest of another document's docstring. Near 0, fine-tuning
+    has taught what first sentences are like, and `summary-bits` compares no more than that.
+
+    Where arms differ in data parts, each learns from what its own left of the training part.
     """
 
-    metrics: ClassVar[Mapping[str, Literal["higher", "lower"]]] = {METRIC: "lower"}
+    metrics: ClassVar[Mapping[str, Literal["higher", "lower"]]] = {BITS: "lower", GAIN: "higher"}
     needs: ClassVar[Needs] = Needs(workloads=frozenset({"text/seq2seq", "text/causal"}))
     card: ClassVar[Card] = Card(
         title="Fine-tuning on summaries",
@@ -185,10 +190,11 @@ class SummaryFinetune(Audit):
         claim="An instrument: it tests no claim of its own.",
         defaults_from="a constant rate within the paper's 5e-5 to 1e-3; number of pairs, epochs "
         "and lengths are for small models",
-        cost="One fine-tuning on the pairs and a forward pass per scored pair, billed to "
+        cost="One fine-tuning on the pairs and two forward passes per scored pair, billed to "
         "`evaluation`.",
         when="To ask what a pre-trained model that generates is worth as a start. For Python "
-        "corpora with docstrings of several sentences.",
+        "corpora with docstrings of several sentences. Look at `summary-input-gain` first: a model "
+        "that was trained on little learns what summaries are like and does not read the input.",
         differs=(
             "the paper fine-tunes on public task suites; docstrings need no data set",
             "the sentence is taken out of the input: with it, the task would be to copy",
@@ -276,25 +282,33 @@ class SummaryFinetune(Audit):
                 autocast=choose_precision(model.device).autocast,
                 count=count,
             )
-            arrays, sizes = (
-                encode_pairs(test, subject, length, mode),
-                token_bytes(subject.tokenizer),
-            )
-            bits, n_bytes = count(
-                "score",
-                lambda: score_rows(tuned, arrays, sizes, causal_input=causal, batch_size=32),
-            )
-        return _rows(test, bits, n_bytes)
+            sizes = token_bytes(subject.tokenizer)
+
+            def scored(pairs: Sequence[Pair]) -> tuple[np.ndarray, np.ndarray]:
+                arrays = encode_pairs(pairs, subject, length, mode)
+                return score_rows(tuned, arrays, sizes, causal_input=causal, batch_size=32)
+
+            bits, n_bytes = count("score", lambda: scored(test))
+            other, _ = count("score", lambda: scored(with_other_sources(test)))
+        return _rows(test, bits, other, n_bytes)
 
 
-def _rows(test: Sequence[Pair], bits: np.ndarray, n_bytes: np.ndarray) -> pa.Table:
+def _rows(
+    test: Sequence[Pair], bits: np.ndarray, other: np.ndarray, n_bytes: np.ndarray
+) -> pa.Table:
+    """A row per document and metric. other: bits of the same targets behind other inputs."""
     import pyarrow as pa
 
     names, owner = np.unique([pair.document for pair in test], return_inverse=True)
-    bits, n_bytes = np.bincount(owner, bits), np.bincount(owner, n_bytes)
+    bits, other, n_bytes = (np.bincount(owner, per_pair) for per_pair in (bits, other, n_bytes))
     log.info(
-        "summaries: %.3f bits per byte over %d of %d documents",
-        bits.sum() / n_bytes.sum(), len(test), len(names),
+        "summaries: %.3f bits per byte (%.3f with another document's input), %d of %d documents",
+        bits.sum() / n_bytes.sum(), other.sum() / n_bytes.sum(), len(test), len(names),
     )  # fmt: skip
-    columns = [[METRIC] * len(names), names.tolist(), bits / n_bytes, n_bytes.astype(float)]
+    columns = [
+        [BITS] * len(names) + [GAIN] * len(names),
+        names.tolist() * 2,
+        np.concatenate([bits, other - bits]) / np.tile(n_bytes, 2),
+        np.tile(n_bytes, 2),
+    ]
     return pa.table(dict(zip(SCHEMA.names, columns, strict=True)), schema=SCHEMA)

@@ -6,9 +6,9 @@ gives depends on its texts and ids alone, never on a seed, an arm or a tokenizer
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,22 @@ def choose_pairs(
         found += taken
         used += bool(taken)
     return found[:most]
+
+
+def with_other_sources(pairs: Sequence[Pair]) -> list[Pair]:
+    """The pairs with what is read taken from the next document that has any.
+
+    pairs: as `choose_pairs` gives them, a document's together.
+    """
+    by_document: dict[str, list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        by_document[pair.document].append(pair)
+    groups = list(by_document.values())
+    return [
+        replace(pair, source=others[k % len(others)].source)
+        for here, others in zip(groups, groups[1:] + groups[:1], strict=True)
+        for k, pair in enumerate(here)
+    ]
 
 
 @lru_cache(maxsize=4)  # seeds and arms of a study ask for the same pairs
