@@ -216,6 +216,9 @@ class Objective(Part):
 
     kind: ClassVar[str] = "objective"
     causes: ClassVar[Mapping[str, str]] = {}
+    tokens_vary: ClassVar[bool] = False
+    """True when batches of one run hold different numbers of tokens, so that a budget of tokens has
+    to be reckoned with the mean of several."""
 
     def head(self) -> Head | None:
         return None

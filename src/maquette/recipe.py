@@ -397,4 +397,6 @@ def stage_digest(
     kind = stage.init.kind if stage.init else None
     facts = [spec, corpus, stage.seed(seed), kind, list(init), dict(reads or {})]
     read_by_feed = [key] if (key := stage.feed.digest_key()) else []
-    return digest("stage", *facts, *read_by_feed)
+    # Once reckoned with the first batch alone: runs of that time are others.
+    vary = type(stage.objective).tokens_vary and stage.budget.unit == "tok"
+    return digest("stage", *facts, *read_by_feed, *(["mean tokens"] if vary else []))

@@ -74,6 +74,21 @@ def test_arms_are_contrasted_with_others_than_the_baseline():
     assert "against one" in table.sentences[0]
 
 
+def test_two_metrics_of_one_arm_are_told_apart_where_they_differ():
+    same = copy.deepcopy(ALL)
+    same["two"]["bpb-mid"] = same["two"]["bpb-old"]
+    asked = study(
+        {"type": "within-arm", "arms": ["one", "two"], "metric": "bpb-mid", "against": "bpb-old"}
+    )
+    [table] = tables(asked, items(same))
+    one, two = table.rows
+    assert one[:4] == ["one", "bpb-mid", "bpb-old", "helps"]
+    assert one[4] == pytest.approx(-1.0, abs=2e-3)
+    assert two[3] == "no difference"
+    assert table.sentences[0].startswith("In one, bpb-mid is better than bpb-old: −1.0")
+    assert table.sentences[1].startswith("In two, bpb-mid is no different from bpb-old")
+
+
 def test_the_best_all_rounder_is_named_with_its_ranks():
     asked = study({"type": "mean-rank", "metrics": list(SLICES)})
     [table] = tables(asked, items(ALL))

@@ -1,14 +1,17 @@
 """What a step costs, and how many of them a budget buys."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 
 from maquette.conformance.world import OPTIONS
 from maquette.errors import BadInput
-from maquette.parts import Batch
+from maquette.parts import Batch, find
 from maquette.quantities import Budget
 from maquette.recipe import parse_recipe
 from maquette.study.check import plan
-from maquette.training.cost import StepCosts, plan_horizon
+from maquette.training.cost import StepCosts, mean_tokens, plan_horizon
 
 FLOPS, TOKENS = 1e6, 1000
 
@@ -110,6 +113,33 @@ def test_a_flop_budget_counts_the_mean_of_the_phases(world):
 def test_a_token_budget_counts_the_tokens_the_model_reads(world):
     run = world.train(recipe(world, budget="4096tok"))
     assert run.metrics()[-1]["tokens"] == 4096
+
+
+def test_tokens_that_vary_are_reckoned_with_their_mean_and_others_with_the_first_step():
+    drawn = np.random.default_rng(0).integers(500, 1500, 1000).tolist()
+    drawn[0] = 100  # the first step alone would promise ten times the steps
+
+    def run(objective, unit):
+        return SimpleNamespace(
+            objective=find("objective", objective)(),
+            stage=SimpleNamespace(budget=Budget(1e6, unit)),
+            outlines=lambda steps: [SimpleNamespace(n_tokens=drawn[s]) for s in steps],
+        )
+
+    feeder = SimpleNamespace(steps=1, batches=lambda step: [step])
+    assert mean_tokens(run("ul2", "tok"), feeder) == pytest.approx(1000, rel=0.05)
+    assert mean_tokens(run("ul2", "flop"), feeder) == 100
+    assert mean_tokens(run("span-corruption", "tok"), feeder) == 100
+    assert feeder.steps == 1
+
+
+def test_a_mixture_of_denoisers_keeps_its_token_budget(world):
+    recipe = {
+        "workload": world.workload("text/seq2seq"), "size": "nano", "objective": "ul2",
+        "budget": "40000tok", "evaluate": [],
+    }  # fmt: skip
+    ran = world.train(recipe)
+    assert [line["tokens"] for line in ran.metrics()][-1] == pytest.approx(40_000, rel=0.03)
 
 
 def test_a_matrix_update_is_charged_in_the_steps_it_is_made_in(world):

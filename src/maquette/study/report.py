@@ -21,7 +21,7 @@ from maquette.errors import BadInput
 from maquette.figures import finite_or_none, number, places_for, quantity, signed
 from maquette.study import plots
 from maquette.study.charging import Charge, charging_sentence
-from maquette.study.summaries import Table
+from maquette.study.summary import Table
 from maquette.study.verdict import Direction, Verdict
 
 TEMPLATES = Path(__file__).parent / "templates"

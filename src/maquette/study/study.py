@@ -17,7 +17,8 @@ from maquette.quantities import Budget
 from maquette.recipe import RECIPE_KEYS, Recipe, digest, parse_recipe
 from maquette.study.ladder import Ladder, check_arms, parse_ladder
 from maquette.study.statistics import MIN_SEEDS
-from maquette.study.summaries import Summary, check_names, parse_summaries
+from maquette.study.summaries import check_names, parse_summaries
+from maquette.study.summary import Summary
 from maquette.study.tuning import DEV, Tuning, value_at
 from maquette.study.verdict import resolve_smallest_effect
 

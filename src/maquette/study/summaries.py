@@ -9,82 +9,25 @@ same items as the verdicts, and shown beside them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import Field, field_validator
 from scipy import stats
 
-from maquette.config import Frozen, validate
+from maquette.config import validate
 from maquette.errors import BadInput, did_you_mean
-from maquette.figures import finite_or_none, number, places_for, signed
+from maquette.figures import number, places_for, signed
 from maquette.study.joint_statistics import mean_ranks, ratio_of_effects
-from maquette.study.statistics import MIN_SEEDS, Paired, paired, run_metric
-from maquette.study.verdict import judge_pairs
+from maquette.study.statistics import paired, run_metric
+from maquette.study.summary import Cell, Items, Summary, Table, pair_of
+from maquette.study.verdict import Verdict, judge_pairs
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from maquette.evaluation.temporal import Half
     from maquette.study.study import Study
-
-Items = Mapping[str, Mapping[int, "pa.Table"]]
-"""Arm -> seed -> item table, finished runs only."""
-
-
-Cell = Annotated[str | float | None, BeforeValidator(finite_or_none)]
-
-
-class Table(Frozen):
-    """A summary as a report shows it. refused: why there are no rows, or "".
-
-    A number that is none (an end without a bound, a correlation of constants) is null.
-    """
-
-    title: str
-    columns: list[str]
-    rows: list[list[Cell]] = Field(default_factory=list)
-    sentences: list[str] = Field(default_factory=list)
-    refused: str = ""
-
-
-class Summary(Frozen):
-    """One table of a report. columns: a summary may add some."""
-
-    title: ClassVar[str]
-    columns: ClassVar[tuple[str, ...]]
-
-    def arms_named(self, study: Study) -> Sequence[str]:
-        raise NotImplementedError
-
-    def metrics_named(self, study: Study) -> Sequence[str]:
-        raise NotImplementedError
-
-    def fill(self, study: Study, items: Items, seeds: Sequence[int]) -> Table:
-        """The table from runs that all have these seeds. Raises ValueError where there is none."""
-        raise NotImplementedError
-
-    def table(self, study: Study, items: Items) -> Table:
-        """The table, or the reason why there is none."""
-        named = self.arms_named(study)
-        seeds = [s for s in study.seeds if all(s in items.get(arm, {}) for arm in named)]
-        try:
-            if len(seeds) < MIN_SEEDS:
-                raise ValueError(f"{len(seeds)} seeds finished in every arm, of {MIN_SEEDS} needed")
-            return self.fill(study, items, seeds)
-        except ValueError as error:
-            return self._table(refused=str(error))
-
-    def _table(self, **found: Any) -> Table:
-        return Table(title=self.title, columns=list(self.columns), **found)
-
-
-def _pair(
-    study: Study, items: Items, seeds: Sequence[int], metric: str, arm: str, against: str
-) -> Paired:
-    varies = type(study.audit_of(metric, against)).items_vary
-    base, mine = ([items[name][s] for s in seeds] for name in (against, arm))
-    return paired(base, mine, metric, items_vary=varies)
 
 
 class Contrasts(Summary):
@@ -121,7 +64,7 @@ class Contrasts(Summary):
         for metric in self.metrics_named(study):
             verdicts = judge_pairs(
                 [
-                    (arm, against, _pair(study, items, seeds, metric, arm, against))
+                    (arm, against, pair_of(study, items, seeds, metric, arm, against))
                     for arm, against in self.pairs
                 ],
                 direction=study.direction(metric),
@@ -132,6 +75,75 @@ class Contrasts(Summary):
                 rows.append([metric, arm, against, v.word, v.effect, v.low, v.high, v.p])
                 sentences.append(v.sentence)
         return self._table(rows=rows, sentences=sentences)
+
+
+class WithinArm(Summary):
+    """One metric of an arm against another of the same runs and items, such as one task set twice.
+
+    By the decision rule of a verdict, over all `arms` at Holm's levels.
+    """
+
+    title: ClassVar[str] = "Two metrics of one arm"
+    columns: ClassVar[tuple[str, ...]] = (
+        "arm", "metric", "against", "verdict", "effect", "low", "high", "p",
+    )  # fmt: skip
+
+    type: Literal["within-arm"]
+    arms: tuple[str, ...] = Field(min_length=1, examples=[["ul2"]])
+    metric: str
+    against: str
+    """Of the same unit, direction and items as `metric`."""
+
+    def arms_named(self, study: Study) -> Sequence[str]:
+        return self.arms
+
+    def metrics_named(self, study: Study) -> Sequence[str]:
+        return (self.metric, self.against)
+
+    def fill(self, study: Study, items: Items, seeds: Sequence[int]) -> Table:
+        pairs = []
+        for arm in self.arms:
+            tables = [items[arm][s] for s in seeds]
+            other = [_renamed(table, self.against, self.metric) for table in tables]
+            varies = type(study.audit_of(self.metric, arm)).items_vary
+            pair = paired(other, tables, self.metric, items_vary=varies)
+            name = f"{self.metric} of {arm}"
+            pairs.append((name, self.against, pair))
+        verdicts = judge_pairs(
+            pairs,
+            direction=study.direction(self.metric),
+            smallest_effect=study.metric.smallest_effect,
+            rng=np.random.default_rng(0),
+        )
+        rows: list[list[Cell]] = [
+            [arm, self.metric, self.against, v.word, v.effect, v.low, v.high, v.p]
+            for arm, v in zip(self.arms, verdicts, strict=True)
+        ]
+        return self._table(
+            rows=rows,
+            sentences=[_effect(arm, self, v) for arm, v in zip(self.arms, verdicts, strict=True)],
+        )
+
+
+def _renamed(table: pa.Table, metric: str, name: str) -> pa.Table:
+    """The rows of one metric under another name."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    rows = table.filter(pc.equal(table["metric"], metric))
+    column = rows.schema.get_field_index("metric")
+    return rows.set_column(column, "metric", pa.array([name] * rows.num_rows, pa.string()))
+
+
+def _effect(arm: str, asked: WithinArm, verdict: Verdict) -> str:
+    places = places_for((verdict.high - verdict.low) / 2 or abs(verdict.effect))
+    better = {"helps": "better", "hurts": "worse", "no difference": "no different"}
+    return (
+        f"In {arm}, {asked.metric} is {better.get(verdict.word, 'not told apart')} "
+        f"{'from' if verdict.word in ('no difference', 'undecided') else 'than'} {asked.against}: "
+        f"{signed(verdict.effect, places)} ({number(100 * verdict.level)}% interval "
+        f"{signed(verdict.low, places)} to {signed(verdict.high, places)})."
+    )
 
 
 class MeanRanks(Summary):
@@ -156,7 +168,7 @@ class MeanRanks(Summary):
         named = self.arms_named(study)
         metrics = {}
         for metric in self.metrics:
-            pairs = [_pair(study, items, seeds, metric, arm, named[0]) for arm in named]
+            pairs = [pair_of(study, items, seeds, metric, arm, named[0]) for arm in named]
             d_ASN = np.stack([pair.d_SN for pair in pairs])
             metrics[metric] = (d_ASN, pairs[0].weights_N, study.direction(metric) == "higher")
         found = sorted(
@@ -203,14 +215,14 @@ class KeptGain(Summary):
 
     def fill(self, study: Study, items: Items, seeds: Sequence[int]) -> Table:
         metric = self.metric or study.metric.name
-        gain = _pair(study, items, seeds, metric, self.to, self.start)
+        gain = pair_of(study, items, seeds, metric, self.to, self.start)
         better = gain.seed_differences.mean() * (1 if study.direction(metric) == "higher" else -1)
         if better <= 0:
             raise ValueError(f"{self.to} gained nothing over {self.start}: there is no share of it")
         rows: list[list[Cell]] = []
         sentences = []
         for arm in self.arms:
-            pair = _pair(study, items, seeds, metric, arm, self.start)
+            pair = pair_of(study, items, seeds, metric, arm, self.start)
             share = ratio_of_effects(pair.d_SN, gain.d_SN, gain.weights_N)
             if share is None:
                 raise ValueError(
@@ -298,6 +310,7 @@ def _reading(low: float, high: float) -> str:
 
 KINDS: dict[str, type[Summary]] = {
     "contrasts": Contrasts,
+    "within-arm": WithinArm,
     "mean-rank": MeanRanks,
     "kept-gain": KeptGain,
     "temporal-degradation": TemporalDegradation,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +21,7 @@ from maquette.schedules import Horizon
 from maquette.training.ledger import FlopCounter, Ledger
 
 if TYPE_CHECKING:
+    from maquette.training.feeding import Feeder
     from maquette.training.live_run import LiveRun
 
 MAX_STEPS = 100_000_000
@@ -26,6 +29,9 @@ LOSS_PHASE_GRID = 100
 """Points of the budget at which an objective is asked for its phase."""
 UPDATE_PHASE_STEPS = 2_000
 """Steps over which an optimiser's phases are looked for and averaged."""
+FEWEST_SAMPLED, SAMPLED_STEPS, SURE_ENOUGH = 8, 256, 0.003
+"""Steps whose tokens are counted where they vary: at least, at most, and the standard error, as a
+share of the mean, that is sure enough."""
 
 
 @dataclass
@@ -147,10 +153,26 @@ def count_refreshes(run: LiveRun) -> Callable[[int], float] | None:
         return feed.side_flops(trial)
 
 
+def mean_tokens(run: LiveRun, feeder: Feeder) -> float:
+    """Tokens of a step: of the first, or the mean of as many as it takes where they vary."""
+    found: list[int] = []
+    vary = type(run.objective).tokens_vary and run.stage.budget.unit == "tok"
+    before, feeder.steps = feeder.steps, SAMPLED_STEPS  # the feed's own clock runs through once
+    for step in range(SAMPLED_STEPS if vary else 1):
+        outlines = run.outlines(feeder.batches(step))
+        found.append(sum(outline.n_tokens for outline in outlines))
+        if len(found) >= FEWEST_SAMPLED:
+            error = statistics.stdev(found) / math.sqrt(len(found))
+            if error <= SURE_ENOUGH * statistics.fmean(found):
+                break
+    feeder.steps = before
+    return statistics.fmean(found)
+
+
 def plan_horizon(
     budget: Budget,
     flops_per_step: float,
-    tokens_per_step: int,
+    tokens_per_step: float,
     *,
     timed_step: Callable[[], Any],
     steps_per_epoch: float = 1.0,
@@ -181,7 +203,7 @@ def plan_horizon(
         cost = {
             "step": 1.0,
             "epoch": 1 / steps_per_epoch,
-            "tok": float(tokens_per_step),
+            "tok": tokens_per_step,
             "flop": flops_per_step,
         }[unit]
     bought, side = amount / cost, None

@@ -31,6 +31,7 @@ from maquette.training.cost import (
     count_all,
     count_batches,
     count_refreshes,
+    mean_tokens,
     plan_horizon,
 )
 from maquette.training.feeding import Feeder
@@ -225,7 +226,7 @@ def _plan(run: LiveRun, feeder: Feeder, settings: Settings) -> None:
     horizon = plan_horizon(
         run.stage.budget,
         flops,
-        sum(outline.n_tokens for outline in run.outlines(batches)),
+        mean_tokens(run, feeder),
         timed_step=lambda: run.backward(batches),
         steps_per_epoch=feeder.n_rows / run.stage.rows,
         usd_per_hour=settings.usd_per_hour,

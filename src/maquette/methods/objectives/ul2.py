@@ -141,6 +141,7 @@ model(**batch).loss.backward()
 class MixtureOfDenoisers(DenoisingObjective):
     """UL2's mixture of denoisers (Tay et al., 2022, arXiv:2205.05131)."""
 
+    tokens_vary: ClassVar[bool] = True  # each denoiser cuts its rows to other lengths
     card: ClassVar[Card] = Card(
         title="UL2: mixture of denoisers",
         paper="Tay et al., 2022, ICLR 2023",
