@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from maquette.decoding.jedi_analyser import JediAnalyser
 from maquette.decoding.language_server import LanguageServerAnalyser, open_closers
 from maquette.errors import BadInput
 
@@ -131,3 +133,25 @@ def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_brackets_in_strings_and_comments_are_not_open() -> None:
     assert open_closers('f(a[") \\" ("], g(') == "))"
     assert open_closers("// (\n/* [ */ {x(") == ")}"
+
+
+def test_a_real_server_gives_what_jedi_in_process_gives(tmp_path: Path) -> None:
+    """Needs `pip install 'maquette[monitors-lsp]'` in an environment of its own, because its Python
+    server pins another jedi than the in-process route is tested with."""
+    pytest.importorskip("multilspy", reason="the extra monitors-lsp is not installed")
+    if shutil.which("jedi-language-server") is None:
+        pytest.skip("jedi-language-server is not on the PATH")
+    body = "    def area(self):\n        return 3\n\n    def _inner(self):\n        return 1\n"
+    (tmp_path / "shapes.py").write_text(f"class Circle:\n    radius = 2\n\n{body}")
+    (tmp_path / "use.py").write_text("kept\n")
+    start = "from shapes import Circle\n\nname = '\U0001f600'; circle = Circle()\ncircle."
+    with (
+        LanguageServerAnalyser(tmp_path, "python", timeout=60) as served,
+        JediAnalyser(tmp_path, timeout=60) as here,
+    ):
+        for text in (start, f"{start}area().", f"{start}none_such.", "import shapes\nshapes."):
+            expected = here.complete(text, "use.py")
+            assert served.complete(text, "use.py") == expected, text
+        assert {"area", "radius", "_inner"} <= served.complete(start, "use.py")
+        assert served.report().failures == served.report().timeouts == 0
+    assert (tmp_path / "use.py").read_text() == "kept\n"
