@@ -27,8 +27,8 @@ import pyarrow as pa
 
 from maquette import atomic
 from maquette.errors import BadInput, RunFailed
+from maquette.filesystem import sharing_warning
 from maquette.study.alive import Watch, birth_mark, is_mine, this_place
-from maquette.study.filesystem import sharing_warning
 from maquette.study.index import Index
 from maquette.study.records import (
     RunRecord,
