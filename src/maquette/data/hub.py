@@ -40,7 +40,7 @@ def hub(spec: CorpusSpec, report: ReadReport) -> Iterator[Raw]:
     for path in _files(spec, builder, given or spec.split or "train", report):
         try:
             file = File(path, path.name, path.stat().st_size, 0, domain)
-            for raw in _documents(spec, file, builder.config, report):
+            for raw in documents(spec, file, builder.config, report):
                 yield replace(raw, id=f"{name}:{next(n)}", source=name)
         except OSError as error:
             raise BadInput(
@@ -196,7 +196,11 @@ def _fetched(spec: CorpusSpec, builder: Any, path: str) -> Path:
         ) from error
 
 
-def _documents(spec: CorpusSpec, file: File, config: Any, report: ReadReport) -> Iterator[Raw]:
+def documents(spec: CorpusSpec, file: File, config: Any, report: ReadReport) -> Iterator[Raw]:
+    """The documents of one file of a dataset. config: what the dataset's card says of its files.
+
+    Raises BadInput for a format that is not read here, and as the readers of the others do.
+    """
     suffix = streams.bare_suffix(file.path)
     if suffix in formats.RECORDS:
         return formats.json_lines(spec, file, report)
