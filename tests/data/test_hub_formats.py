@@ -28,6 +28,7 @@ from tests.data.hub_double import (
     texts,
     written,
 )
+from tests.test_hostile import GIB, READ, bounded
 
 pytestmark = pytest.mark.usefixtures(own_cache.__name__)
 
@@ -191,3 +192,16 @@ def test_a_field_of_a_csv_file_may_be_a_book(tmp_path: Path) -> None:
     book = "word, " * 100_000
     folder = written(tmp_path / "set", "a.csv", f'text\n"{book}"\n')
     assert texts(folder) == [book]
+
+
+def test_an_element_of_400_megabytes_stays_within_memory(tmp_path: Path) -> None:
+    file = tmp_path / "set" / "a.json"
+    file.parent.mkdir()
+    with file.open("wb") as opened:
+        opened.write(b'[{"text": "fine"}, {"text": "')
+        for _ in range(400):
+            opened.write(b"word " * 200_000)
+        opened.write(b'"}]')
+    said = bounded(READ, f"hub:{file.parent}", memory=GIB // 2)
+    file.unlink()
+    assert said == f"1 Counter({{'{streams.TOO_LONG_RECORD}': 1}})\n"
