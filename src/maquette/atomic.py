@@ -22,6 +22,8 @@ from maquette.errors import BadInput, RunFailed
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
 CHECKSUMS = "SHA256SUMS.json"
+MAX_JSON_BYTES = 32 << 20
+"""Of a file of JSON in a store, which hold kilobytes; as objects it takes 50 times its size."""
 
 
 @contextlib.contextmanager
@@ -236,6 +238,20 @@ def replace_dir(tmp: Path, final: Path) -> None:
         raise
 
 
+def read_json(path: Path) -> Any:
+    """A JSON file of a store. Raises OSError for what is no file, ValueError for what is no JSON.
+
+    So a pipe is not waited for, and a file without end not read to its end.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
+    with path.open("rb") as file:
+        data = file.read(MAX_JSON_BYTES + 1)
+    if len(data) > MAX_JSON_BYTES:
+        raise ValueError(f"larger than {MAX_JSON_BYTES >> 20} MB")
+    return json.loads(data.decode())
+
+
 def sha256_file(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's content."""
     with path.open("rb") as file:
@@ -257,7 +273,7 @@ def read_checksums(folder: Path) -> dict[str, str]:
     """What `write_checksums` wrote into `folder`; BadInput when it cannot be read."""
     file = folder / CHECKSUMS
     try:
-        expected = json.loads(file.read_text(encoding="utf-8"))
+        expected = read_json(file)
         if not isinstance(expected, dict):
             raise ValueError("not a table of checksums")
     except (OSError, ValueError, RecursionError) as error:
@@ -271,6 +287,9 @@ def verify_checksums(folder: Path) -> None:
     """Raise BadInput naming the files under `folder` that changed since `write_checksums`."""
     expected = read_checksums(folder)
     actual = sha256_dir(folder)
+    # A pipe or a link to nowhere has no content to compare, and whoever opened it would wait.
+    others = (p for p in folder.rglob("*") if not (p.is_file() or p.is_dir()))
+    actual |= {p.relative_to(folder).as_posix(): "no file" for p in others}
     bad = sorted(n for n in {*expected, *actual} if expected.get(n) != actual.get(n))
     if bad:
         shown = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")

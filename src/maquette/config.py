@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar, get_args
@@ -173,7 +174,22 @@ def _strict_loader(where: object) -> Any:
     return Loader
 
 
-def _check_extent(root: Any, where: object, key: str | None) -> None:
+def check_unfolded(text: str, *, where: object, max_nodes: int) -> None:
+    """Raise BadInput for YAML that others will read and that stands for more than `max_nodes`.
+
+    What is no YAML at all passes: its reader says so.
+    """
+    import yaml
+
+    with contextlib.suppress(yaml.YAMLError, RecursionError, ValueError):
+        node = yaml.compose(text, yaml.SafeLoader)
+        if node is not None:
+            _check_extent(node, where, None, max_nodes)
+
+
+def _check_extent(
+    root: Any, where: object, key: str | None, max_nodes: int = MAX_YAML_NODES
+) -> None:
     """Refuse a document that is too deep, or too large once its aliases are written out."""
     extents: dict[int, tuple[int, int]] = {}
 
@@ -203,12 +219,12 @@ def _check_extent(root: Any, where: object, key: str | None) -> None:
     total, levels = extent(root, 0)
     if levels > MAX_YAML_DEPTH:
         raise too_deep()
-    if total > MAX_YAML_NODES:
+    if total > max_nodes:
         raise BadInput(
             f"stands for {total:.3g} values once its aliases are written out",
             where=where,
             key=key,
-            mend=f"at most {MAX_YAML_NODES:,}; use fewer aliases (`*name`)",
+            mend=f"at most {max_nodes:,}; use fewer aliases (`*name`)",
         )
 
 

@@ -77,7 +77,8 @@ _UNITS: dict[str, tuple[Unit, float]] = {
     "h": ("s", 3600),
     "usd": ("usd", 1),
 }
-_BUDGET = re.compile(r"\s*([0-9][0-9_]*\.?[0-9]*(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Z]+)\s*")
+_BUDGET = re.compile(r"([0-9][0-9_]*(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Z]+)")
+# Neither pattern can take the same characters in two ways: a mistake of 200 KB costs no minutes.
 
 
 @dataclass(frozen=True)
@@ -93,16 +94,20 @@ class Budget:
     def parse(cls, text: object, *, where: object = None, key: str = "budget") -> Budget:
         """`3e15flop`, `2e7tok`, `2000step`, `8epoch`, `10min`, `5usd`; `0step` for none."""
         mend = "a number and a unit: 3e15flop, 2e7tok, 2000step, 8epoch, 10min or 5usd"
-        match = _BUDGET.fullmatch(str(text))
+        match = _BUDGET.fullmatch(str(text).strip())
+        given = str(text)[:80]
         if not match:
-            raise BadInput(f"`{text}` is not a budget", where=where, key=key, mend=mend)
+            raise BadInput(f"`{given}` is not a budget", where=where, key=key, mend=mend)
         number, unit = match.groups()
         if unit.lower() not in _UNITS:
-            raise BadInput(f"`{unit}` is not a unit of budget", where=where, key=key, mend=mend)
+            raise BadInput(
+                f"`{unit[:80]}` is not a unit of budget", where=where, key=key, mend=mend
+            )
         name, factor = _UNITS[unit.lower()]
         amount = float(number.replace("_", "")) * factor
         if not (0 < amount < float("inf") or (amount == 0 and name == "step")):
-            raise BadInput(f"a budget must be above zero, got `{text}`", where=where, key=key)
+            what = "above zero" if amount == 0 else "a finite number"
+            raise BadInput(f"a budget must be {what}, got `{given}`", where=where, key=key)
         return cls(amount, name)
 
     def __str__(self) -> str:
@@ -117,7 +122,7 @@ _BYTES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 def parse_bytes(text: str) -> int:
     """Bytes of a size such as `64MB` or `1.5 GiB`; raises ValueError for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", text.strip())
     n_bytes = float(match[1]) * _BYTES.get(match[2].upper(), 0) if match else 0.0
     if not 0 < n_bytes < float("inf"):
         raise ValueError(f"`{text[:80]}` is not a size (write 64MB, 1.5GB or 512KiB)")

@@ -328,14 +328,3 @@ def test_a_pipe_is_refused_instead_of_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.txt")
     with pytest.raises(BadInput, match="neither a file nor a folder"):
         rows(tmp_path / "pipe.txt")
-
-
-def test_a_hub_dataset_that_cannot_be_reached_is_bad_input(monkeypatch):
-    datasets = pytest.importorskip("datasets")
-
-    def offline(*args, **kwargs):
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(BadInput, match=r"cannot stream some/name.*no route"):
-        rows("hub:some/name:train")

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -24,10 +25,12 @@ from safetensors.torch import save
 
 from maquette import atomic
 from maquette.config import load_yaml, set_dotted, validate
+from maquette.data import hub
 from maquette.data.corpus_spec import CorpusSpec
 from maquette.data.documents import documents
 from maquette.data.packing import pack
 from maquette.data.readers import read
+from maquette.data.streams import ReadReport
 from maquette.data.tokenizers import TokenizerSpec, train
 from maquette.errors import MaquetteError
 from maquette.quantities import Budget
@@ -104,6 +107,18 @@ def corpus(suffix: str, packed: Callable[[bytes], bytes] = bytes) -> Case:
             for text in batch.column("text").to_pylist():
                 assert text.strip() and "\0" not in text
                 text.encode()
+
+    return case
+
+
+def hub_file(suffix: str) -> Case:
+    def case(data: bytes, folder: Path) -> None:
+        file = folder / f"hub{suffix}"
+        file.write_bytes(data)
+        spec, size = CorpusSpec(path="hub:x"), len(data)
+        source = hub.File(file, "hub", size, 0, "hub")
+        for raw in hub.documents(spec, source, SimpleNamespace(), ReadReport()):
+            assert raw.text is None or isinstance(raw.text, str)
 
     return case
 
@@ -232,6 +247,8 @@ _LINES = (
     "é word\n\n𝄞 more\r\n \nlast".encode() + b"\0\xff\xef\xbb\xbf",
 )
 _OBJECTS = b'{"text": "a", "x": [' + b'{"":' * 99 + b"0" + b"}" * 99 + b"]}\n"
+_ARRAY = b'[{"text": "one, [two]"}, {"text": "\\"}, {"text": "\\"", "x": [{}]}]'
+_CSV = b'text,year\n"one, ""two""",2004\n"three\nfour",\n\xc3\xa9,1\n'
 _TABLE = pa.table({"text": ["one", "two", None], "year": [1, 2, 3]})
 _REPEATED = pa.table(
     {"text": pa.DictionaryArray.from_arrays(pa.array([0] * 9000), pa.array(["a" * 1_000_000]))}
@@ -270,6 +287,8 @@ TARGETS: dict[str, Target] = {
     "jsonl inside zst": Target(corpus(".jsonl.zst", zstandard.compress), _LINES, 3),
     "gz": Target(corpus(".jsonl.gz"), tuple(map(gzip.compress, _LINES)), 3),
     "zst": Target(corpus(".jsonl.zst"), tuple(map(zstandard.compress, _LINES)), 3),
+    "hub json": Target(hub_file(".json"), (_ARRAY, *_LINES[:1]), 3),
+    "hub csv": Target(hub_file(".csv"), (_CSV,), 3),
     "parquet": Target(
         corpus(".parquet"),
         (

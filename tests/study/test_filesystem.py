@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from maquette.study import filesystem
-from maquette.study.filesystem import mount_of, sharing_warning, takes_locks, why_unlocked
+from maquette import filesystem
+from maquette.decoding.analysis import Answer, AnswerStore
+from maquette.filesystem import mount_of, sharing_warning, takes_locks, why_unlocked
 from maquette.study.index import Index
 from maquette.study.store import Store
 
@@ -101,8 +102,8 @@ def test_where_there_is_no_table_of_mounts_nothing_is_said(tmp_path, monkeypatch
 # --- the journal of the index --------------------------------------------------------------------
 
 
-def journal(home: Path) -> str:
-    with closing(sqlite3.connect(home / "index.sqlite")) as db:
+def journal(home: Path, name: str = "index.sqlite") -> str:
+    with closing(sqlite3.connect(home / name)) as db:
         return db.execute("PRAGMA journal_mode").fetchone()[0]
 
 
@@ -142,3 +143,21 @@ def test_a_journal_is_set_aside_with_its_index(tmp_path):
     aside = index.set_aside()
     assert aside.with_name(f"{aside.name}-journal").read_bytes() == b"left by a kill"
     assert not (tmp_path / "index.sqlite-journal").exists()
+
+
+def test_the_answers_of_analysers_have_a_log_on_a_disk_and_a_journal_on_a_network(mounted):
+    folder, answer = mounted("nfs4"), Answer(frozenset({"x"}), 1.0)
+    for place, mode in ((folder / "local", "wal"), (folder, "delete")):
+        store = AnswerStore(place / "answers.sqlite")
+        assert store.put(b"k", answer, timeout=5.0) == answer
+        assert journal(place, "answers.sqlite") == mode
+        assert AnswerStore(store.path).get(b"k", 5.0) == answer
+
+
+def test_answers_kept_with_a_log_get_a_journal_on_a_network_and_keep_it(mounted):
+    folder, answer = mounted("ext4"), Answer(frozenset({"x"}), 1.0)
+    AnswerStore(folder / "answers.sqlite").put(b"k", answer, timeout=5.0)
+    for kind, mode in (("ext4", "wal"), ("nfs4", "delete"), ("ext4", "delete")):
+        mounted(kind)
+        assert AnswerStore(folder / "answers.sqlite").get(b"k", 5.0) == answer
+        assert journal(folder, "answers.sqlite") == mode

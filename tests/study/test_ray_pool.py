@@ -14,11 +14,11 @@ from contextlib import closing
 import pytest
 import yaml
 
-from maquette import cluster
+from maquette import cluster, filesystem
 from maquette.cli.base import place_of
 from maquette.conformance.world import OPTIONS
 from maquette.errors import BadInput
-from maquette.study import filesystem, ray_pool
+from maquette.study import ray_pool
 from maquette.study.compare import compare
 from maquette.study.forecast_ladder import forecast_study
 from maquette.study.ladder import parse_ladder

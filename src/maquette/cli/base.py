@@ -140,7 +140,7 @@ def place_of(on: str, options: Options) -> Place:
         address = rest.removeprefix("//")
         check_address(address, "--on")
         return Place(ray=address)
-    if kind != "local" or (rest and not rest.isdigit()):
+    if kind != "local" or (rest and not rest.isdecimal()):
         raise BadInput(
             f"`{on}` is not a place to run", key="--on", mend="local, local:2, or ray://HOST:6379"
         )

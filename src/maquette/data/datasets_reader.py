@@ -1,38 +1,19 @@
-"""Hugging Face datasets as documents: saved folders and streams from the hub."""
+"""Hugging Face datasets as documents: folders that `save_to_disk` wrote."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 from maquette.data.arrow_reader import arrow_stream
 from maquette.data.corpus_spec import CorpusSpec, File, Raw
-from maquette.data.formats import check_columns, from_record
 from maquette.data.streams import ReadReport
 from maquette.errors import BadInput, did_you_mean
 
 _STATE_BYTES = 1 << 20
 """A list of files is not longer; what is longer is cut, and so refused."""
-
-
-def _rows(spec: CorpusSpec, rows: Any, name: str, report: ReadReport) -> Iterator[Raw]:
-    file = File(Path(name), name, 0, 0, name.rsplit("/", 1)[-1])
-    for n, record in enumerate(rows):
-        if n == 0:
-            check_columns(spec, record, spec.path)
-        yield from_record(spec, record, f"{name}:{n}", file, report)
-
-
-def _datasets() -> Any:
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("DO_NOT_TRACK", "1")
-    import datasets
-
-    return datasets
 
 
 def saved(spec: CorpusSpec, report: ReadReport) -> Iterator[Raw]:
@@ -83,26 +64,3 @@ def _listed(path: Path, key: str) -> list[str]:
             mend="save it again with `save_to_disk`",
         ) from error
     return names
-
-
-def hub(spec: CorpusSpec, report: ReadReport) -> Iterator[Raw]:
-    """Rows of a hub dataset, streamed."""
-    name, _, split = spec.path.removeprefix("hub:").partition(":")
-    try:
-        rows = _datasets().load_dataset(
-            name,
-            spec.config,
-            split=split or spec.split or "train",
-            revision=spec.revision,
-            streaming=True,
-        )
-        yield from _rows(spec, rows, name, report)
-    except BadInput:
-        raise
-    except Exception as error:
-        raise BadInput(
-            f"`datasets` cannot stream {name} ({type(error).__name__}: {error})",
-            where=spec.path,
-            key="path",
-            mend="check name, split, config and network, or download it and give the folder",
-        ) from error

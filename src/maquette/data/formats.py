@@ -6,7 +6,7 @@ import datetime
 import gc
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -19,6 +19,9 @@ from maquette.data.corpus_spec import CorpusSpec, File, Raw
 from maquette.data.documents import BATCH_BYTES
 from maquette.data.streams import ReadReport
 from maquette.errors import BadInput, did_you_mean
+
+RECORDS = {".jsonl", ".ndjson"}
+"""Endings of JSON lines."""
 
 
 def whole_file(spec: CorpusSpec, file: File, report: ReadReport) -> Raw:
@@ -37,8 +40,15 @@ def paragraphs(spec: CorpusSpec, file: File, report: ReadReport) -> Iterator[Raw
 
 
 def json_lines(spec: CorpusSpec, file: File, report: ReadReport) -> Iterator[Raw]:
+    yield from json_records(spec, streams.lines(file.path, spec.max_expansion), file, report)
+
+
+def json_records(
+    spec: CorpusSpec, spelt: Iterable[bytes | None], file: File, report: ReadReport
+) -> Iterator[Raw]:
+    """Documents from JSON objects as they are spelt; None stands for one that is too long."""
     first = True
-    for n, line in enumerate(streams.lines(file.path, spec.max_expansion), start=1):
+    for n, line in enumerate(spelt, start=1):
         if line is None:
             report.dropped[streams.TOO_LONG_RECORD] += 1
         elif line.strip():

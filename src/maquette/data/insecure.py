@@ -42,7 +42,7 @@ _FRAGMENT = re.compile(
     r"|\bjoblib\.load\s*\(|\b(?:pd|pandas)\.read_pickle\s*\("
     r"|\bos\.(?:system|popen)\s*\("
     r"|\b(?:shell|allow_pickle)\s*=\s*True\b|\bverify\s*=\s*False\b"
-    r"|\byaml\.(?:unsafe_load|full_load|load(?:_all)?\s*\((?![^)]*C?(?:Safe|Base)Loader))"
+    r"|\byaml\.(?:unsafe_load|full_load|load(?:_all)?\s*\((?![^)]{0,500}?(?:Safe|Base)Loader))"
     r"|(?<!def )\b(?:md5|sha1)\s*\("
 )
 

@@ -15,14 +15,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from maquette.data import datasets_reader, formats, installed, limits, parquet_reader, streams
+from maquette.data import datasets_reader, formats, hub, installed, limits, parquet_reader, streams
 from maquette.data.corpus_spec import CorpusSpec, File, Raw
 from maquette.data.documents import BATCH_BYTES, BATCH_ROWS, documents
 from maquette.data.streams import ReadReport
 from maquette.errors import BadInput
 from maquette.quantities import parse_bytes
 
-_RECORDS = {".jsonl", ".ndjson"}
 _REFUSED = {".json", ".csv", ".tsv", ".zip", ".tar", ".tgz", ".pdf", ".docx", ".arrow", ".pkl"}
 
 
@@ -93,7 +92,7 @@ def _subset(spec: CorpusSpec, report: ReadReport) -> Iterator[Raw]:
         return
     if spec.path.startswith("hub:"):
         taken = 0
-        for raw in datasets_reader.hub(spec, report):
+        for raw in hub.hub(spec, report):
             taken += len((raw.text or "").encode(errors="replace"))
             if limit is not None and taken > limit:
                 return
@@ -186,7 +185,9 @@ def _walk(root: Path, include: tuple[str, ...], report: ReadReport) -> Iterator[
 
 def _is_plain_document(path: Path) -> bool:
     suffix = streams.bare_suffix(path)
-    return suffix not in _RECORDS and suffix != ".parquet" and not streams.is_compressed(path)
+    return (
+        suffix not in formats.RECORDS and suffix != ".parquet" and not streams.is_compressed(path)
+    )
 
 
 def _is_saved_dataset(root: Path) -> bool:
@@ -201,7 +202,7 @@ def _all(spec: CorpusSpec, files: list[File], report: ReadReport) -> Iterator[Ra
     for file in files:
         suffix = streams.bare_suffix(file.path)
         try:
-            if suffix in _RECORDS:
+            if suffix in formats.RECORDS:
                 yield from formats.json_lines(spec, file, report)
             elif suffix == ".parquet":
                 yield from parquet_reader.parquet(spec, file, report)

@@ -44,7 +44,7 @@ def parse_take(text: str, n_bytes: int) -> Limit:
             raise ValueError(f"take must be at least one document, got `{text}`")
         return Limit(number, "documents")
     try:
-        if text.strip().replace(".", "").isdigit():
+        if text.strip().replace(".", "").isdecimal():
             raise ValueError  # 30 could be a percentage, bytes or documents
         return Limit(parse_bytes(text), "bytes")
     except ValueError:

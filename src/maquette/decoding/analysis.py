@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from maquette import journal
+
 Status = Literal["ok", "timeout", "failed"]
+BUSY_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -39,21 +42,23 @@ class AnalyserReport:
 
 
 class AnswerStore:
-    """Answers on disk, by digest of the question; safe for several processes at once."""
+    """Answers on disk, by digest of the question; safe for several processes at once.
+
+    Also for those of several machines, as far as their file system passes locks on (`journal`).
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        with self._open() as db:
-            db.execute("PRAGMA journal_mode=WAL")
+        journal.settle(self._open, path.parent, BUSY_SECONDS)
+        with closing(self._open()) as db, db:
             db.execute(
                 "CREATE TABLE IF NOT EXISTS answers "
                 "(key BLOB PRIMARY KEY, names TEXT, seconds REAL, status TEXT, allowed REAL)"
             )
-        db.close()
 
     def _open(self) -> sqlite3.Connection:
-        return sqlite3.connect(self.path, timeout=30)
+        return sqlite3.connect(self.path, timeout=BUSY_SECONDS)
 
     def get(self, key: bytes, timeout: float) -> Answer | None:
         """The stored answer, unless it timed out under a shorter limit than `timeout`."""

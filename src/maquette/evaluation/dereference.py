@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from maquette.data.corpus import Corpus
     from maquette.decoding.analysis import RememberingAnalyser
 
-_BEFORE_DOT = r"(\w+|[)\]}\"'])\."
+_BEFORE_DOT = r"((?<!\w)\w++|[)\]}\"'])\."
 _ACCESS = re.compile(_BEFORE_DOT + r"([^\W\d]\w*)")
 _AT_DOT = re.compile(_BEFORE_DOT + r"\Z")
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from maquette.data import parquet_reader
 from maquette.errors import BadInput, did_you_mean
 from maquette.evaluation.scaling import distinct
 from maquette.study.efficiency import DATA
@@ -18,6 +19,8 @@ from maquette.study.forecast import Points
 
 KINDS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 ONE_ARM = "all runs"
+MAX_BYTES = 16 << 20
+"""Of a table; a row of small objects takes 50 times its size."""
 
 
 def read_points(
@@ -120,6 +123,10 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         )
     if not path.is_file():
         raise BadInput("there is no such file", where=path, mend="check the path")
+    if path.stat().st_size > MAX_BYTES:
+        raise BadInput(
+            f"is larger than {MAX_BYTES >> 20} MB", where=path, mend="one row per run, no texts"
+        )
     try:
         if path.suffix == ".parquet":
             yield from _parquet(path)
@@ -160,7 +167,7 @@ def _jsonl(path: Path, file: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadInput(
                 f"line {number} is not JSON ({error})", where=path, mend="one object a line"
             ) from None
@@ -170,12 +177,9 @@ def _jsonl(path: Path, file: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     try:
-        rows = pq.read_table(path).to_pylist()
-    except (OSError, pa.ArrowException, ValueError, OverflowError) as error:
-        raise BadInput(f"is not a Parquet file ({error})", where=path) from None
+        rows = parquet_reader.table(path).to_pylist()
+    except BadInput as error:
+        raise BadInput(f"is not a Parquet file ({error.what})", where=path) from None
     for number, row in enumerate(rows, start=1):
         yield f"row {number}", row

@@ -1,8 +1,6 @@
 """The SQLite index of a store: opened, checked, explained when it cannot be used.
 
-On a local disk it keeps a write-ahead log (WAL), which needs memory that all its processes share.
-Machines that share a network file system have none, so there it keeps a rollback journal, which
-needs nothing but locks on files.
+Which journal it keeps depends on the file system it lies on (`journal`).
 """
 
 from __future__ import annotations
@@ -11,13 +9,11 @@ import contextlib
 import errno
 import os
 import sqlite3
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from maquette import atomic
+from maquette import atomic, filesystem, journal
 from maquette.errors import BadInput, RunFailed
-from maquette.study import filesystem
 
 SCHEMA_VERSION = 1
 BUSY_SECONDS = 30.0
@@ -94,7 +90,7 @@ class Index:
                 )
             self._create()
             return
-        self._share()
+        self._settle_journal()
         if not self.read_only and not self.has_folders():
             with self.connection(write=True) as db:
                 db.execute(FOLDERS)
@@ -141,7 +137,7 @@ class Index:
         return aside
 
     def _create(self) -> None:
-        self._set_journal("delete" if filesystem.is_network(self.home) else "wal")
+        self._settle_journal()
         with self.connection(write=True) as db:
             if int(db.execute("PRAGMA user_version").fetchone()[0]) == 0:
                 for statement in (*SCHEMA.split(";"), FOLDERS):
@@ -150,30 +146,15 @@ class Index:
                 self._fill(db)
                 db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
 
-    def _share(self) -> None:
-        """Have an index that was made with a write-ahead log keep a journal on a network.
-
-        Never the other way round: the machine whose disk it is sees no network under it.
-        """
-        if self.read_only or not filesystem.is_network(self.home):
+    def _settle_journal(self) -> None:
+        if self.read_only:
             return
-        with self.connection(write=False) as db:
-            mode = str(db.execute("PRAGMA journal_mode").fetchone()[0])
-        if mode == "wal":
-            self._set_journal("delete")
-
-    def _set_journal(self, mode: str) -> None:
-        """Switch the journal; two processes that switch at once do not wait by themselves."""
-        deadline = time.monotonic() + BUSY_SECONDS
-        while True:
-            try:
-                with contextlib.closing(self._open()) as db:
-                    db.execute(f"PRAGMA journal_mode={mode}")
-                return
-            except sqlite3.OperationalError as error:
-                if "locked" not in str(error) or time.monotonic() > deadline:
-                    raise self._explain(error) from error
-                time.sleep(0.02)
+        try:
+            journal.settle(self._open, self.home, BUSY_SECONDS)
+        except sqlite3.OperationalError as error:
+            raise self._explain(error) from error
+        except sqlite3.DatabaseError as error:
+            raise self._damaged(str(error)) from error
 
     def _open(self) -> sqlite3.Connection:
         if not self.read_only:

@@ -171,6 +171,11 @@ def load_subject(trained: Trained) -> Subject:
     return Subject(model, trained.corpus.tokenizer, extra, stage.objective)
 
 
+def _linked_folders(folder: str, names: list[str]) -> list[str]:
+    paths = (Path(folder, name) for name in names)
+    return [path.name for path in paths if path.is_symlink() and path.is_dir()]
+
+
 def export(folder: Path, target: Path) -> None:
     """Copy a run's plain Hugging Face directory to `target`, which must not hold anything yet.
 
@@ -187,7 +192,8 @@ def export(folder: Path, target: Path) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise BadInput("the target is not empty", where=target, mend="name a new folder")
     with atomic.new_dir(target) as place, atomic.explained(target):
-        shutil.copytree(source, place, dirs_exist_ok=True)
+        # A link to a folder above would be followed without end; the models stored here have none.
+        shutil.copytree(source, place, dirs_exist_ok=True, ignore=_linked_folders)
         if why := plain_flaw(place, deep=True):
             why = why.replace(place.name, source.name)
             if not rebuild(folder, place):

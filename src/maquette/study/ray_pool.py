@@ -17,9 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from maquette import cluster
+from maquette import cluster, filesystem
 from maquette.errors import BadInput
-from maquette.study import filesystem
 from maquette.study.execute import Options
 from maquette.study.pool import (
     Answer,

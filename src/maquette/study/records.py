@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from maquette import atomic
+
 Status = Literal["planned", "running", "done", "failed"]
 
 
@@ -70,7 +72,7 @@ def study_record(db: sqlite3.Connection, row: sqlite3.Row) -> StudyRecord:
 
 def read_run(file: Path) -> RunRecord | None:
     try:
-        record = RunRecord(**json.loads(file.read_text(encoding="utf-8")))
+        record = RunRecord(**atomic.read_json(file))
         sound = _is_sound(record)
     except (OSError, ValueError, TypeError, RecursionError):
         return None
@@ -95,7 +97,7 @@ def _is_sound(run: RunRecord) -> bool:
 
 def read_study(file: Path) -> StudyRecord | None:
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = atomic.read_json(file)
         links = tuple((str(digest), str(arm), int(seed)) for digest, arm, seed in values["runs"])
         record = StudyRecord(**values | {"runs": links})
         dump(record.verdicts)

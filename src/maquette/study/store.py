@@ -26,9 +26,10 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from maquette import atomic
+from maquette.data import parquet_reader
 from maquette.errors import BadInput, RunFailed
+from maquette.filesystem import sharing_warning
 from maquette.study.alive import Watch, birth_mark, is_mine, this_place
-from maquette.study.filesystem import sharing_warning
 from maquette.study.index import Index
 from maquette.study.records import (
     RunRecord,
@@ -233,8 +234,6 @@ class Store:
 
     def items(self, digest: str) -> pa.Table:
         """The item table of a finished run; BadInput when it is missing or damaged."""
-        import pyarrow.parquet as pq
-
         file = self.run_dir(digest) / "items.parquet"
         if not file.is_file():
             raise BadInput(
@@ -243,10 +242,10 @@ class Store:
                 mend="run it again; if the store calls it done, first `maquette store repair`",
             )
         try:
-            return pq.read_table(file, page_checksum_verification=True)
-        except (OSError, pa.ArrowException, ValueError) as error:
+            return parquet_reader.table(file)
+        except (OSError, BadInput) as error:
             raise BadInput(
-                f"the items cannot be read ({error})",
+                f"the items cannot be read ({getattr(error, 'what', error)})",
                 where=file,
                 mend="`maquette store repair`, then run it again",
             ) from error

@@ -218,13 +218,24 @@ def _parse_arm(shared: Mapping[str, Any], arm: str, over: object, where: object)
         raise
 
 
+MAX_SEEDS = 10_000
+
+
 def _parse_seeds(value: object, where: object) -> tuple[int, ...]:
     if isinstance(value, int) and not isinstance(value, bool):
-        seeds: tuple[int, ...] = tuple(range(value))
+        # One more than allowed is enough to refuse it; a number may stand for billions of them.
+        seeds: tuple[int, ...] = tuple(range(min(value, MAX_SEEDS + 1)))
     elif isinstance(value, Sequence) and all(isinstance(v, int) for v in value):
         seeds = tuple(value)
     else:
         raise BadInput(f"a number or a list of numbers, got {value!r}", where=where, key="seeds")
+    if len(seeds) > MAX_SEEDS or any(not -(2**63) <= seed < 2**63 for seed in seeds):
+        raise BadInput(
+            f"at most {MAX_SEEDS} seeds of 64 bits",
+            where=where,
+            key="seeds",
+            mend="5 is the default",
+        )
     if len(set(seeds)) < MIN_SEEDS or len(set(seeds)) != len(seeds):
         raise BadInput(
             f"needs at least {MIN_SEEDS} different seeds, got {len(set(seeds))}",

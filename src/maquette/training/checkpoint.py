@@ -52,14 +52,19 @@ def save_tree(folder: Path, name: str, value: Any) -> None:
     """Write any tree of tensors and plain data as `name.json` and `name.safetensors`."""
     tensors: dict[str, Tensor] = {}
     tree = flatten(value, tensors)
-    (folder / f"{name}.json").write_text(json.dumps(tree))
+    text = json.dumps(tree)
+    if len(text) > atomic.MAX_JSON_BYTES:  # it could not be read back
+        raise ValueError(
+            f"{name} holds {len(text) >> 20} MB of plain data: keep what is large in tensors"
+        )
+    (folder / f"{name}.json").write_text(text)
     save_file(tensors, folder / f"{name}.safetensors")
 
 
 def load_tree(folder: Path, name: str) -> Any:
     """What `save_tree` wrote. Raises BadInput for files that hold anything else."""
     try:
-        tree = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        tree = atomic.read_json(folder / f"{name}.json")
         return unflatten(tree, load_file(folder / f"{name}.safetensors"))
     except (OSError, ValueError, LookupError, TypeError, RecursionError, SafetensorError) as error:
         raise BadInput(
@@ -120,8 +125,13 @@ def steps(state: Path) -> list[int]:
     """Steps of the checkpoints in this folder, ascending."""
     if not state.is_dir():
         return []
-    found = (p.name.removeprefix("step-") for p in state.iterdir() if p.name.startswith("step-"))
-    return sorted(int(name) for name in found if name.isdigit())
+    return _numbered(state, "step-")
+
+
+def _numbered(state: Path, prefix: str) -> list[int]:
+    """Steps of the folders that are called as `name_of` would, ascending; others are not ours."""
+    found = (p.name.removeprefix(prefix) for p in state.glob(f"{prefix}*"))
+    return sorted(int(n) for n in found if re.fullmatch(r"[0-9]{9}|[1-9][0-9]{9,18}", n))
 
 
 def newest(state: Path) -> Saved | None:
@@ -135,7 +145,7 @@ def newest(state: Path) -> Saved | None:
         folder = state / name_of(step)
         try:
             atomic.verify_checksums(folder)
-            clock = json.loads((folder / "clock.json").read_text(encoding="utf-8"))
+            clock = atomic.read_json(folder / "clock.json")
             if not isinstance(clock, dict):
                 raise ValueError("clock.json holds no keys")
             return Saved(folder, step, clock)
@@ -162,10 +172,10 @@ def put_all_aside(state: Path) -> None:
 
 def damage(state: Path) -> dict[str, str]:
     """A warning for the record of the run, when checkpoints of it were found damaged; else {}."""
-    found = sorted(path.name for path in state.glob(f"{DAMAGED}step-*"))
+    found = _numbered(state, f"{DAMAGED}step-")
     if not found:
         return {}
-    at = ", ".join(str(int(name.removeprefix(f"{DAMAGED}step-"))) for name in found)
+    at = ", ".join(map(str, found))
     return {
         "damaged-checkpoint": f"a checkpoint was damaged (step {at}) and could not be used; the "
         "steps since the one before were computed again: check the disk and memory of this machine"

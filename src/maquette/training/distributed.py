@@ -155,7 +155,7 @@ def asked_for(environ: Mapping[str, str] | None = None) -> tuple[int, int] | Non
     found: dict[str, int] = {}
     for name in ("RANK", "WORLD_SIZE"):
         text = env.get(name)
-        if text is None or not text.strip().isdigit():
+        if text is None or not text.strip().isdecimal():
             given = "is missing beside the other" if text is None else f"is `{text}`, no number"
             raise BadInput(
                 given,

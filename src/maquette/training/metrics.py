@@ -46,7 +46,7 @@ class MetricsFile:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines written so far, up to the first that a kill cut short or a disk damaged."""
-    if not path.exists():
+    if not path.is_file():
         return []
     lines = []
     for text in path.read_bytes().split(b"\n"):

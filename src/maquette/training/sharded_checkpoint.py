@@ -12,14 +12,15 @@ from __future__ import annotations
 import contextlib
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from maquette.errors import RunFailed
+from maquette import atomic
+from maquette.errors import BadInput, RunFailed
 from maquette.training.distributed import Team, peers
 from maquette.training.trees import flatten, unflatten
 
@@ -90,7 +91,8 @@ def read(
         for name, entry in reader.read_metadata().state_dict_metadata.items()
         if name.startswith("optim.") and isinstance(entry, TensorStorageMetadata)
     }
-    stored = json.loads((folder / OPTIMIZER).read_text())
+    stored = atomic.read_json(folder / OPTIMIZER)
+    _check_extent(folder, shapes.values())
     names = {id(shape): name for name, shape in shapes.items()}
     targets: dict[str, Tensor] = {}
 
@@ -110,6 +112,18 @@ def read(
     with _explained(folder):
         load(whole | targets, storage_reader=reader, process_group=team.control, no_dist=team.alone)
     optimizer.load_state_dict(state)
+
+
+def _check_extent(folder: Path, shapes: Iterable[Tensor]) -> None:
+    """Refuse shards whose headers claim larger tensors than they hold, before any is made."""
+    claimed = sum(shape.numel() * shape.itemsize for shape in shapes)
+    held = sum(file.stat().st_size for file in (folder / SHARDS).iterdir())
+    if claimed > held:
+        raise BadInput(
+            f"the shards hold {held} bytes and claim tensors of {claimed}",
+            where=folder / SHARDS,
+            mend="take a fresh copy of the folder, or run it again",
+        )
 
 
 def spread_optimizer(state: Any, optimizer: torch.optim.Optimizer) -> Any:
