@@ -242,7 +242,7 @@ def test_the_file_and_the_whole_key_are_named(
     assert mend in errors
 
 
-@pytest.mark.parametrize("on", ["local:1", "local:2"])
+@pytest.mark.parametrize("on", ["local:1", pytest.param("local:2", marks=pytest.mark.exhaustive)])
 def test_an_arm_whose_budget_is_below_one_step_is_named(run, world, tmp_path, home, on):
     arms = {"plain": {}, "short": {"budget": "1tok"}}
     path = study_file(world, tmp_path, arms=arms)

@@ -14,7 +14,10 @@ def name(cls):
 
 
 def trained():
-    """(part, index of its options, workload); what does not depend on the model is tried on one."""
+    """(part, index of its options, workload); what does not depend on the model is tried on one.
+
+    `make test` leaves further options, and optimisers on further workloads, to `make test-all`.
+    """
     cases = []
     for cls in ALL:
         if cls.kind in TRAINED_WITH:
@@ -22,7 +25,15 @@ def trained():
             slugs = slugs[:1] if cls.kind in ("feed", "data_op", "selector") else slugs
             variants = range(len(cls.examples))
             cases += [
-                pytest.param(cls, i, slug, id=f"{name(cls)}-{i}-{slug.removeprefix('text/')}")
+                pytest.param(
+                    cls,
+                    i,
+                    slug,
+                    id=f"{name(cls)}-{i}-{slug.removeprefix('text/')}",
+                    marks=pytest.mark.exhaustive
+                    if i > 0 or (cls.kind == "optim" and slug != slugs[0])
+                    else (),
+                )
                 for i in variants
                 for slug in slugs
             ]

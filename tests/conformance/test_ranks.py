@@ -1,9 +1,12 @@
 """Every part that says it can be shared out is trained by two ranks, all in one launch."""
 
+import pytest
+
 from maquette import parts
 from maquette.conformance import cases, disagreements
 
 
+@pytest.mark.slow
 def test_two_ranks_train_every_part_to_the_numbers_of_one_process(world, tmp_path):
     found = cases(list(parts.parts()), world)
     kinds = {case.cls.kind for case in found}

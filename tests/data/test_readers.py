@@ -109,6 +109,9 @@ def test_parquet_files_and_folders_of_them_are_read(tmp_path):
         pq.write_table(pa.Table.from_pylist(RECORDS), tmp_path / f"{name}.parquet")
     assert texts(tmp_path / "a.parquet") == [r["text"] for r in RECORDS]
     assert [r["domain"] for r in rows(tmp_path)] == ["a"] * 4 + ["b"] * 4
+    # Without a row a column has a dictionary and no page of values.
+    pq.write_table(pa.Table.from_pylist(RECORDS).slice(0, 0), tmp_path / "none.parquet")
+    assert len(rows(tmp_path)) == 8
 
 
 def test_saved_datasets_are_read_with_their_splits(tmp_path):

@@ -222,6 +222,7 @@ def test_an_arm_that_breaks_is_marked_and_the_study_finishes(world, answered):
     assert any("broken: 3 run(s) failed" in w for w in result.report.warnings)
 
 
+@pytest.mark.slow
 def test_two_processes_on_one_study_both_succeed_and_agree(world, tmp_path):
     (tmp_path / "cache").symlink_to(world.folder / "cache", target_is_directory=True)
     path = tmp_path / "rates.yaml"

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_broken_runs_go_on_to_the_same_bits_and_lose_nothing(tmp_path: Path) -> None:
     answer = tmp_path / "answer.json"
     command = [sys.executable, "benchmarks/faults.py", "--rounds", "4", "--steps", "12"]

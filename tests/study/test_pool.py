@@ -128,6 +128,7 @@ def weights(store, done):
     return Run(done.digest, done.task.recipe, store, done.task.seed).weights()
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_when_a_worker_is_killed_and_ends_with_the_same_bits(
     world, tmp_path, caplog
 ):

@@ -21,6 +21,7 @@ import pytest
 
 from maquette import atomic
 from maquette.errors import BadInput, RunFailed
+from maquette.evaluation.items import SCHEMA
 from maquette.study import alive
 from maquette.study.index import SCHEMA_VERSION
 from maquette.study.store import Store, default_home
@@ -611,6 +612,14 @@ def test_reading_where_there_is_no_store_is_an_error_and_makes_nothing(tmp_path:
     with pytest.raises(BadInput, match="there is no store here"):
         Store(tmp_path / "none", read_only=True)
     assert names(tmp_path) == []
+
+
+def test_an_empty_table_of_items_is_read_back(store: Store) -> None:
+    plan(store)
+    assert store.claim(A, "test")
+    empty = SCHEMA.empty_table()
+    store.finish(A, ledger={}, metrics={}, items=empty)
+    assert store.items(A).equals(empty)
 
 
 def test_missing_or_damaged_items_are_reported(store: Store) -> None:

@@ -49,6 +49,7 @@ def home(world, name):
 # --- checkpoints and failures --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_moves_between_one_two_and_four_ranks(world, tmp_path):
     # ELECTRA's two networks share their embeddings; GaLore's weights are not shared out.
     sharded = recipe(world, "text/encoder", objective="electra")
@@ -146,6 +147,7 @@ def test_a_launch_that_is_terminated_is_resumed_by_another(world, tmp_path):
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
+@pytest.mark.exhaustive
 def test_a_recipe_that_cannot_be_shared_ends_all_ranks_with_status_2(world, tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump(recipe(world, microbatches=3)))
@@ -156,6 +158,7 @@ def test_a_recipe_that_cannot_be_shared_ends_all_ranks_with_status_2(world, tmp_
     assert "3 cannot be shared by 2 ranks" in said and "microbatches=4" in said
 
 
+@pytest.mark.slow
 def test_a_study_on_two_ranks_has_the_values_of_one_process_and_one_voice(world, tmp_path):
     data = {
         "question": "Is a rate that trains better than one that does not?",

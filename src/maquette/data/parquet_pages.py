@@ -52,9 +52,9 @@ def row_groups(data: mmap.mmap, leaves: Collection[int]) -> Iterator[list[Pages]
 
 
 def _pages(data: mmap.mmap, column: Fields) -> Pages:
-    at = column[9, _I64]
-    if 0 < column.get((11, _I64), 0) < at:
-        at = column[11, _I64]
+    # A column without values may have a dictionary and no page of values: its place is then 0.
+    places = column[9, _I64], column.get((11, _I64), 0)
+    at = min((place for place in places if place > 0), default=places[0])
     end = at + column[7, _I64]
     total, largest, dictionary, named, row = 0, 0, 0, 0, 1
     while at < end:
