@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from maquette.decoding import jedi_analyser
 from maquette.decoding.analysis import Answer, AnswerStore
 from maquette.decoding.jedi_analyser import JediAnalyser
 from maquette.decoding.python_context import python_context
+from maquette.errors import BadInput
 
 SOURCE = """\
 class Queue:
@@ -143,6 +145,22 @@ def test_a_stored_timeout_holds_for_shorter_limits_only(tmp_path: Path) -> None:
     assert store.get(b"k", 6.0) is None
     store.put(b"k", Answer(frozenset({"x"}), 1.0), timeout=6.0)
     assert store.get(b"k", 99.0) == Answer(frozenset({"x"}), 1.0)
+
+
+def test_a_damaged_cache_of_answers_names_its_file_and_the_mend(tmp_path: Path) -> None:
+    file = tmp_path / "answers.sqlite"
+    file.write_bytes(b"no database at all" * 100)
+    with pytest.raises(BadInput, match="cannot be used") as caught:
+        AnswerStore(file)
+    assert str(caught.value.where) == str(file)
+    assert "remove the file" in caught.value.mend
+    file.unlink()
+    store = AnswerStore(file)
+    store.put(b"key", Answer(frozenset({"a"}), 0.1), 5.0)
+    with sqlite3.connect(file) as db:
+        db.execute("UPDATE answers SET names = '{'")
+    with pytest.raises(BadInput, match="cannot be used"):
+        store.get(b"key", 5.0)
 
 
 def test_of_two_processes_that_ask_at_once_the_first_answer_stands(tmp_path: Path) -> None:

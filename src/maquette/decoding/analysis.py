@@ -7,12 +7,14 @@ import json
 import sqlite3
 import time
 from abc import ABC, abstractmethod
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from maquette import journal
+from maquette.errors import BadInput
 
 Status = Literal["ok", "timeout", "failed"]
 BUSY_SECONDS = 30.0
@@ -45,13 +47,15 @@ class AnswerStore:
     """Answers on disk, by digest of the question; safe for several processes at once.
 
     Also for those of several machines, as far as their file system passes locks on (`journal`).
+    Raises BadInput for a file that is damaged or no cache.
     """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        journal.settle(self._open, path.parent, BUSY_SECONDS)
-        with closing(self._open()) as db, db:
+        with self._explained():
+            journal.settle(self._open, path.parent, BUSY_SECONDS)
+        with self._used() as db:
             db.execute(
                 "CREATE TABLE IF NOT EXISTS answers "
                 "(key BLOB PRIMARY KEY, names TEXT, seconds REAL, status TEXT, allowed REAL)"
@@ -60,9 +64,26 @@ class AnswerStore:
     def _open(self) -> sqlite3.Connection:
         return sqlite3.connect(self.path, timeout=BUSY_SECONDS)
 
+    @contextmanager
+    def _used(self) -> Iterator[sqlite3.Connection]:
+        with self._explained(), closing(self._open()) as db, db:
+            yield db
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """What SQLite says of the file as a BadInput: nothing is lost with a cache."""
+        try:
+            yield
+        except (sqlite3.Error, ValueError) as error:
+            raise BadInput(
+                f"the cache of answers cannot be used ({error})",
+                where=self.path,
+                mend="remove the file: what it held is asked again",
+            ) from error
+
     def get(self, key: bytes, timeout: float) -> Answer | None:
         """The stored answer, unless it timed out under a shorter limit than `timeout`."""
-        with closing(self._open()) as db:
+        with self._used() as db:
             return self._find(db, key, timeout)
 
     def put(self, key: bytes, answer: Answer, timeout: float) -> Answer:
@@ -73,7 +94,7 @@ class AnswerStore:
         """
         names = json.dumps(sorted(answer.names))
         row = (key, names, answer.seconds, answer.status, timeout)
-        with closing(self._open()) as db, db:
+        with self._used() as db:
             db.execute("BEGIN IMMEDIATE")
             earlier = self._find(db, key, timeout)
             if earlier is None:
