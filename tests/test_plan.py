@@ -37,6 +37,15 @@ def test_a_stage_that_nothing_uses_is_refused():
     assert in_order([Node("idle"), Node("result")], {"idle": "evaluation"}, None)
 
 
+def test_no_stage_starts_from_an_ensemble_but_one_may_read_it():
+    both = Node("both", ("a", "b"), plain=False)
+    members = Node("a"), Node("b")
+    error = refused(*members, both, Node("on", ("both",)))
+    assert error.key == "stages.on.init"
+    assert "an ensemble" in error.what
+    assert in_order([*members, both, Node("student", (), {"both": "helper"})], {}, None)
+
+
 def test_no_stage_may_need_the_result():
     error = refused(Node("b", ("a",)), Node("a"))
     assert error.key == "stages.a"

@@ -66,13 +66,15 @@ class Node:
     """A stage as the graph sees it. init: stages it starts from. reads: {stage read: cause}.
 
     own: what else decides what is trained, equal for two stages that do the same; None for a stage
-    that is like no other.
+    that is like no other. plain: whether it leaves a model that others can start from, which an
+    ensemble does not.
     """
 
     name: str
     init: tuple[str, ...] = ()
     reads: Mapping[str, str] | None = None
     own: str | None = None
+    plain: bool = True
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -86,8 +88,8 @@ def in_order(
 
     read_at_the_end: {stage: cause} of what the evaluations read.
     Raises BadInput for two stages of one name, an unknown stage, a cycle, a stage that needs the
-    recipe's result, a stage that nothing uses, and a soup or ensemble of two stages that are one
-    run.
+    recipe's result, a start from an ensemble, a stage that nothing uses, and a soup or ensemble of
+    two stages that are one run.
     """
     by_name = {node.name: node for node in nodes}
     if len(by_name) != len(nodes):
@@ -95,6 +97,14 @@ def in_order(
     for node in nodes:
         for kind, named in (("starts from", node.init), ("reads", tuple(node.reads or ()))):
             _check_known(node.name, kind, named, by_name, where)
+        for parent in node.init:
+            if not by_name[parent].plain:
+                raise BadInput(
+                    f"starts from `{parent}`, an ensemble, which has no weights of its own",
+                    where=where,
+                    key=f"stages.{node.name}.init",
+                    mend="an ensemble can be read, as a teacher is; `soup` averages weights",
+                )
     _check_known("", "evaluations read", tuple(read_at_the_end), by_name, where)
     try:
         order = list(TopologicalSorter({n.name: n.needs for n in nodes}).static_order())

@@ -133,7 +133,8 @@ class Stage:
         init = self.init.stages if self.init else ()
         own = {k: v for k, v in self.spec().items() if k not in ("name", "init")}
         kind = self.init.kind if self.init else None
-        return Node(self.name, init, _read_by(self.parts), json.dumps([kind, own], sort_keys=True))
+        text = json.dumps([kind, own], sort_keys=True)
+        return Node(self.name, init, _read_by(self.parts), text, plain=kind != "ensemble")
 
     def seed(self, root: int) -> int:
         """The root seed of this stage's random streams in a run with the root seed `root`."""

@@ -75,9 +75,11 @@ def staged(world, *stages, **over):
     return recipe(world, feed="as-is", budget="8step", stages=list(stages), **over)
 
 
+SALT = {"type": "salt", "teacher": "a", "until": 1.0}
+
+
 def pupil(**over):
-    salt = {"type": "salt", "teacher": "a", "until": 1.0}
-    return {"name": "pupil", "objective": salt, "reseed": 5, **over}
+    return {"name": "pupil", "objective": SALT, "reseed": 5, **over}
 
 
 def planned(world, *stages, **over):
@@ -164,7 +166,13 @@ def test_what_arms_share_is_planned_and_counted_once(world):
 
 
 def test_what_the_run_would_refuse_on_the_way_is_refused_with_file_and_key(world):
-    data = staged(world, *PAIR, BOTH, {"name": "on", "init": {"from": "both"}})
-    with pytest.raises(BadInput, match="`both` has no plain model to start from") as caught:
+    # What a folder holds is known once it is read.
+    folder = world.train(recipe(world)).trained().corpus.tokenizer_folder
+    a, b = (
+        {**stage, "workload": world.workload("text/causal", tokenizer=tokenizer)}
+        for stage, tokenizer in zip(PAIR, (str(folder), "bytes"), strict=True)
+    )
+    data = staged(world, a, b, BOTH, pupil(objective={**SALT, "teacher": "both"}))
+    with pytest.raises(BadInput, match="do not share a tokenizer") as caught:
         plan(parse_recipe(data, where="mine.yaml"), world.store("stand-ins"), OPTIONS)
-    assert (caught.value.where, caught.value.key) == ("mine.yaml", "stages.on.init")
+    assert (caught.value.where, caught.value.key) == ("mine.yaml", "stages.both.init")

@@ -102,8 +102,8 @@ def test_members_whose_tokenizers_turn_out_to_differ_are_refused(world):
 def test_a_stage_that_goes_on_from_an_ensemble_is_told_that_it_cannot(world):
     both = {"name": "both", "init": {"ensemble": ["a", "b"]}, "budget": "0step"}
     data = plan(world, *MEMBERS, both, {"name": "on", "init": {"from": "both"}})
-    with pytest.raises(BadInput, match="`both` has no plain model to start from") as caught:
-        execute(parse_recipe(data), 0, world.store("refusals"), OPTIONS)
+    with pytest.raises(BadInput, match="starts from `both`, an ensemble") as caught:
+        parse_recipe(data)
     assert caught.value.key == "stages.on.init"
 
 
