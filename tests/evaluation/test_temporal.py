@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 from scipy import stats
 
-from maquette.evaluation.temporal import score_by_year, temporal_degradation
+from maquette.evaluation.temporal import score_by_year, slope_weights, temporal_degradation
 
 YEARS = [2013, 2016, 2019, 2022]
 
@@ -108,3 +108,16 @@ def test_the_slope_is_that_of_scipy_on_the_same_points():
     assert (found.slope, found.r, found.p) == pytest.approx(
         (expected.slope, expected.rvalue, expected.pvalue)
     )
+
+
+@pytest.mark.parametrize("half", ["all", "newer", "older"])
+@pytest.mark.parametrize("centre", ["aligned", "column_mean"])
+def test_the_slope_is_a_weighted_sum_of_the_scores(centre, half):
+    rng = np.random.default_rng(2)
+    years = [2012, 2016, 2019, 2022], [2011, 2016, 2018, 2021, 2023]
+    scores = rng.standard_normal((4, 5))
+    given = {"centre": centre, "half": half, "better": "lower"}
+    weights = slope_weights(*years, **given)
+    assert weights.sum(axis=0) == pytest.approx(np.zeros(5), abs=1e-12)
+    expected = temporal_degradation(scores, *years, **given).slope
+    assert (weights * scores).sum() == pytest.approx(expected)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from maquette.study.joint_statistics import mean_ranks, ratio_of_effects
+from maquette.study.joint_statistics import mean_ranks, ratio_of_effects, sum_over_sets
+from maquette.study.statistics import two_way_interval
 
 
 def test_the_interval_of_a_ratio_is_fiellers() -> None:
@@ -50,6 +51,29 @@ def test_the_interval_covers_the_planted_share() -> None:
         found = ratio_of_effects(part, whole, np.full(25, 1 / 25))
         hits += found is None or found.low <= 0.5 <= found.high
     # 95% of 200, four standard deviations below at most; the two-way rule is conservative.
+    assert hits / n >= 0.95 - 4 * math.sqrt(0.95 * 0.05 / n)
+
+
+def test_the_interval_of_a_sum_of_sets_covers_the_planted_sum_and_one_set_is_the_two_way_rule() -> (
+    None
+):
+    rng = np.random.default_rng(4)
+    w = np.full(20, 1 / 20)
+    d = 1 + 0.2 * rng.standard_normal((4, 1)) + 0.5 * rng.standard_normal((4, 20))
+    one, rule = sum_over_sets([(d, w)]), two_way_interval(d, w, bootstrap=False)
+    assert (one.effect, one.low, one.high) == pytest.approx((rule.effect, rule.low, rule.high))
+    hits, n = 0, 300
+    for _ in range(n):
+        seed = 0.3 * rng.standard_normal((4, 1))
+        sets = [
+            (
+                mean + seed + rng.standard_normal(20) + 0.5 * rng.standard_normal((4, 20)),
+                w,
+            )
+            for mean in (1.0, -0.4, 0.2)
+        ]
+        found = sum_over_sets(sets)
+        hits += found.low <= 0.8 <= found.high
     assert hits / n >= 0.95 - 4 * math.sqrt(0.95 * 0.05 / n)
 
 

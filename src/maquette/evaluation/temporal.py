@@ -77,6 +77,30 @@ def temporal_degradation(
     return _slope(beyond[use], lost[use])
 
 
+def slope_weights(
+    train_years: Sequence[int],
+    test_years: Sequence[int],
+    *,
+    centre: Centre = "aligned",
+    half: Half = "all",
+    better: Literal["higher", "lower"] = "higher",
+) -> Array:
+    """c of shape (P, E) with slope = sum(c * scores_PE), of a `temporal_degradation` without gaps.
+
+    The slope is linear in the scores, so that it can be taken item by item. Each column of c sums
+    to 0: a test year's own difficulty does not count. Raises ValueError as `temporal_degradation`.
+    """
+    shape = len(train_years), len(test_years)
+    weights = np.zeros(shape)
+    for cell in np.ndindex(shape):
+        unit = np.zeros(shape)
+        unit[cell] = 1.0
+        weights[cell] = temporal_degradation(
+            unit, train_years, test_years, centre=centre, half=half, better=better
+        ).slope
+    return weights
+
+
 def _centred(S: Array, distance: Array, centre: Centre) -> tuple[Array, Array]:
     if centre == "aligned":
         # The nearest model that has a score on this test year.

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from maquette.study.statistics import MIN_SEEDS, two_way_interval
+from maquette.study.statistics import MIN_SEEDS, Interval, two_way_interval
 
 Array = NDArray[np.float64]
 
@@ -67,6 +67,24 @@ def _end(holds: Callable[[float], bool], start: float, sign: int) -> float:
         middle = (inside + outside) / 2
         inside, outside = (middle, outside) if holds(middle) else (inside, middle)
     return inside
+
+
+def sum_over_sets(sets: Sequence[tuple[Array, Array]], level: float = 0.95) -> Interval:
+    """A sum of weighted means over several sets of items that the same seeds were measured on.
+
+    sets: (d_SN, weights_N) of each, S >= 3 rows for the same seeds. Seeds move all sets together;
+    the items of each are a sample of their own, whose part of the two-way variance adds up.
+    """
+    total_S = np.sum([d @ (w / w.sum()) for d, w in sets], axis=0)
+    S = len(total_S)
+    variance = float(total_S.var(ddof=1)) / S
+    for d_SN, w_N in sets:
+        alone_S = d_SN @ (w_N / w_N.sum())
+        se = two_way_interval(d_SN, w_N, level, bootstrap=False).se
+        variance += max(0.0, se**2 - float(alone_S.var(ddof=1)) / S)
+    effect, se = float(total_S.mean()), math.sqrt(variance)
+    margin = float(stats.t.ppf((1 + level) / 2, S - 1)) * se
+    return Interval(effect, effect - margin, effect + margin, se, S - 1, "two-way t", level)
 
 
 # --- mean ranks ----------------------------------------------------------------------------------

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, field_validator
-from scipy import stats
 
 from maquette.config import validate
 from maquette.errors import BadInput, did_you_mean
 from maquette.figures import number, places_for, signed
-from maquette.study.joint_statistics import mean_ranks, ratio_of_effects
-from maquette.study.statistics import paired, run_metric
+from maquette.study.joint_statistics import mean_ranks, ratio_of_effects, sum_over_sets
+from maquette.study.statistics import paired
 from maquette.study.summary import Cell, Items, Summary, Table, pair_of
 from maquette.study.verdict import Verdict, judge_pairs
 
@@ -241,8 +240,8 @@ class KeptGain(Summary):
 class TemporalDegradation(Summary):
     """How much of a metric a year of distance between training and test text costs.
 
-    After Longpre et al. (2023, arXiv:2305.13169). The slope is fitted per seed; its interval is
-    Student's over the seeds.
+    After Longpre et al. (2023, arXiv:2305.13169). The slope is a sum over items, so its interval
+    covers seeds and items, as a verdict's does; r and p are those of the table of means.
     """
 
     title: ClassVar[str] = "Temporal degradation per year of distance"
@@ -261,43 +260,44 @@ class TemporalDegradation(Summary):
         return tuple(self.slices)
 
     def fill(self, study: Study, items: Items, seeds: Sequence[int]) -> Table:
-        from maquette.evaluation.temporal import temporal_degradation
+        from maquette.evaluation.temporal import slope_weights, temporal_degradation
 
         directions = {study.direction(metric) for metric in self.slices}
         if len(directions) > 1:
             raise ValueError("some of these metrics are better when higher, some when lower")
         better = directions.pop()
-        score_SPE = np.array(
-            [
-                [[run_metric(items[arm][s], m) for m in self.slices] for arm in self.years]
-                for s in seeds
-            ]
-        )
         years = list(self.years.values()), list(self.slices.values())
+        first, *_ = arms = list(self.years)
+        pairs = {
+            metric: [pair_of(study, items, seeds, metric, arm, first) for arm in arms]
+            for metric in self.slices
+        }
+        score_PE = np.array([[p.arm_S.mean() for p in column] for column in pairs.values()]).T
         rows: list[list[Cell]] = []
         sentences = []
         halves: Mapping[Half, str] = {"all": "of any year", "newer": "newer", "older": "older"}
         for half, told in halves.items():
             try:
-                *fits, pooled = (
-                    temporal_degradation(S, *years, half=half, better=better)
-                    for S in (*score_SPE, score_SPE.mean(axis=0))
-                )
+                pooled = temporal_degradation(score_PE, *years, half=half, better=better)
+                weights_PE = slope_weights(*years, half=half, better=better)
             except ValueError as error:
                 if half == "all":
                     raise
                 sentences.append(f"On {told} text alone there is no slope: {error}.")
                 continue
-            slopes = [fit.slope for fit in fits]
-            mean, se = float(np.mean(slopes)), float(stats.sem(slopes))
-            margin = float(stats.t.ppf(0.975, len(seeds) - 1)) * se
-            low, high = mean - margin, mean + margin
-            rows.append([told, mean, low, high, pooled.r, pooled.p])
-            places = places_for(margin or abs(mean))
+            # Weights of a column sum to 0, so differences from the first arm do for the scores.
+            slope = sum_over_sets(
+                [
+                    (np.einsum("p,psn->sn", c_P, [p.d_SN for p in column]), column[0].weights_N)
+                    for c_P, column in zip(weights_PE.T, pairs.values(), strict=True)
+                ]
+            )
+            rows.append([told, slope.effect, slope.low, slope.high, pooled.r, pooled.p])
+            places = places_for((slope.high - slope.low) / 2 or abs(slope.effect))
             sentences.append(
-                f"On text {told} a year of distance costs {signed(mean, places)} (95% interval "
-                f"over seeds {signed(low, places)} to {signed(high, places)}): "
-                f"{_reading(low, high)}."
+                f"On text {told} a year of distance costs {signed(slope.effect, places)} (95% "
+                f"interval {signed(slope.low, places)} to {signed(slope.high, places)}): "
+                f"{_reading(slope.low, slope.high)}."
             )
         return self._table(rows=rows, sentences=sentences)
 
