@@ -90,6 +90,16 @@ def scored_columns(schema: pa.Schema) -> list[str]:
 
 
 def index_table(batches: Sequence[pa.RecordBatch]) -> pa.Table:
-    """The index of a whole corpus from its batches in order, with `row` numbering the documents."""
+    """The index of a whole corpus from its batches in order, with `row` numbering the documents.
+
+    Columns of numbers are of one piece, so that reading one as an array copies nothing: at a
+    hundred million documents a copy takes 800 MB.
+    """
     table = pa.Table.from_batches(batches)
-    return table.add_column(0, "row", pa.array(np.arange(table.num_rows)))
+    columns = {
+        name: table[name].combine_chunks()
+        if pa.types.is_primitive(table.schema.field(name).type)
+        else table[name]
+        for name in table.column_names
+    }
+    return pa.table({"row": pa.array(np.arange(table.num_rows)), **columns})

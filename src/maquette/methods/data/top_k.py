@@ -40,10 +40,12 @@ def top_k(
         )
     if limit < 0:
         raise ValueError(f"limit must be >= 0, got {limit} (bytes, or documents)")
-    scored = np.flatnonzero(~np.isnan(scores))
-    value = scores[scored] if best == "lowest" else -scores[scored]
-    order = scored[np.lexsort((keys[scored], value))]
-    held = np.cumsum(sizes[order])
+    value = scores if best == "lowest" else -scores
+    # NaN sorts behind every number. Arrays are as long as the corpus: none is kept that is not used.
+    order = np.lexsort((keys, value))[: len(scores) - int(np.isnan(scores).sum())]
+    del value
+    held = np.asarray(sizes[order], np.float64 if sizes.dtype.kind == "f" else np.int64)
+    np.cumsum(held, out=held)
     return np.asarray(order[: int(np.searchsorted(held, limit, side="right"))], np.int64)
 
 
@@ -60,7 +62,7 @@ class TopK(Selector):
         claim="Keeping the best part of a corpus by a score gives fewer bits per byte on held-out "
         "documents than keeping as many bytes at random.",
         defaults_from="None: which end is best and how much to take depend on the score.",
-        cost="One pass over the corpus; 75 bytes of memory per document. No FLOPs are counted.",
+        cost="One pass over the corpus; 65 bytes of memory per document. No FLOPs are counted.",
         when="When the amount of data is fixed and the score is trusted. A ranking alone knows no "
         "diversity: near-duplicates of the best document are all near the top.",
         differs=("equal scores are ordered by a hash of the id; the paper does not say how",),
