@@ -187,6 +187,7 @@ def test_a_small_zst_of_100_gigabytes_is_refused_early(tmp_path: Path) -> None:
     assert "expands to over 100 times" in bounded(READ, path)
 
 
+@pytest.mark.exhaustive
 def test_a_single_line_of_200_megabytes_stays_within_memory(tmp_path: Path) -> None:
     for name, begin in (("a.jsonl", b'{"text": "'), ("a.txt", b"")):
         path = tmp_path / name

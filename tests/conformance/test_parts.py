@@ -16,7 +16,7 @@ def name(cls):
 def trained():
     """(part, index of its options, workload); what does not depend on the model is tried on one.
 
-    `make test` leaves further options, and optimisers on further workloads, to `make test-all`.
+    `make test` leaves further options and further workloads to `make test-all`.
     """
     cases = []
     for cls in ALL:
@@ -30,9 +30,7 @@ def trained():
                     i,
                     slug,
                     id=f"{name(cls)}-{i}-{slug.removeprefix('text/')}",
-                    marks=pytest.mark.exhaustive
-                    if i > 0 or (cls.kind == "optim" and slug != slugs[0])
-                    else (),
+                    marks=pytest.mark.exhaustive if i > 0 or slug != slugs[0] else (),
                 )
                 for i in variants
                 for slug in slugs

@@ -194,6 +194,7 @@ def test_a_field_of_a_csv_file_may_be_a_book(tmp_path: Path) -> None:
     assert texts(folder) == [book]
 
 
+@pytest.mark.exhaustive
 def test_an_element_of_400_megabytes_stays_within_memory(tmp_path: Path) -> None:
     file = tmp_path / "set" / "a.json"
     file.parent.mkdir()

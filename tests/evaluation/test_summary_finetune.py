@@ -392,6 +392,7 @@ def test_other_sources_come_from_other_documents():
     assert all(owner[p.source] != p.document for p in swapped)
 
 
+@pytest.mark.exhaustive
 def test_the_gain_is_what_the_right_input_saves(corpus):
     model, options = seq2seq(corpus), {"metric": "summary-input-gain"}
     deaf = measure(corpus, model, learning_rate=1e-12, **options)

@@ -151,6 +151,7 @@ def test_a_study_goes_on_when_a_worker_is_killed_and_ends_with_the_same_bits(
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.exhaustive
 def test_a_run_that_kills_its_workers_fails_alone(world, tmp_path, caplog):
     store = Store(made_home(world, tmp_path / "store"))
     tasks = [task(world, "poison", 100_000), task(world, "sound", 8)]

@@ -158,6 +158,7 @@ def test_a_recipe_that_cannot_be_shared_ends_all_ranks_with_status_2(world, tmp_
     assert "3 cannot be shared by 2 ranks" in said and "microbatches=4" in said
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_study_on_two_ranks_has_the_values_of_one_process_and_one_voice(world, tmp_path):
     data = {
