@@ -41,7 +41,7 @@ def top_k(
     if limit < 0:
         raise ValueError(f"limit must be >= 0, got {limit} (bytes, or documents)")
     value = scores if best == "lowest" else -scores
-    # NaN sorts behind every number. Arrays are as long as the corpus: none is kept that is not used.
+    # NaN sorts behind every number. No array as long as the corpus is kept for longer than needed.
     order = np.lexsort((keys, value))[: len(scores) - int(np.isnan(scores).sum())]
     del value
     held = np.asarray(sizes[order], np.float64 if sizes.dtype.kind == "f" else np.int64)
