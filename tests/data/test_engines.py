@@ -152,6 +152,7 @@ def numbers(tmp_path):
     return path
 
 
+@pytest.mark.exhaustive
 @needs_daft
 def test_batches_come_back_in_order_from_several_processes(numbers, tmp_path):
     plain = list(InProcess().map(Doubled(), numbers))

@@ -56,6 +56,7 @@ def test_a_study_of_any_shape_is_taken_or_refused_with_words(tmp_path_factory, t
     TARGETS["study"](json.dumps(tree).encode(), tmp_path_factory.mktemp("case"))
 
 
+@pytest.mark.exhaustive
 def test_the_runner_bounds_memory_and_reports_what_it_ran(tmp_path: Path) -> None:
     answer = tmp_path / "answer.json"
     command = [sys.executable, "-m", "tests.fuzz", "--cases", "30", "--json", str(answer)]

@@ -308,7 +308,9 @@ assert "maquette" not in sys.modules
     ("workload", "objective", "auto"),
     [
         ("text/causal", "causal-lm", "AutoModelForCausalLM"),
-        ("text/encoder", "masked-lm", "AutoModelForMaskedLM"),
+        pytest.param(
+            "text/encoder", "masked-lm", "AutoModelForMaskedLM", marks=pytest.mark.exhaustive
+        ),
     ],
 )
 def test_an_exported_model_needs_transformers_alone(world, tmp_path, workload, objective, auto):

@@ -123,6 +123,7 @@ def test_members_of_one_seed_are_refused_when_the_recipe_is_read(world, kind):
     assert "`reseed`" in caught.value.mend
 
 
+@pytest.mark.exhaustive
 def test_epochs_are_passes_over_the_training_part(world):
     run = world.train(plan(world, {"name": "train"}, budget="2epoch"))
     trained = run.trained()

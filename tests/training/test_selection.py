@@ -254,6 +254,7 @@ def test_selections_that_cannot_be_trained_on_are_refused(world, home, asked, op
         finished(recipe(world, **options), home)
 
 
+@pytest.mark.exhaustive
 def test_with_refreshes_a_flop_budget_ends_at_the_same_total(world, home, asked):
     def spent(run):
         ledger = run.store.run(run.digest).ledger
