@@ -8,14 +8,14 @@ gives it a slug; `find` turns the slug back into the class. Nothing imports a me
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from maquette.config import Frozen
 from maquette.declarations import Card, Head, Needs, Scale
 from maquette.flow import Batch, Clock, Ctx, Drawn, Examples, Loss, Run, Selection, State, Subject
+from maquette.part import Part
 from maquette.registry import find, load_all, parts, register
 from maquette.schedules import Horizon, Schedule
 
@@ -35,37 +35,6 @@ __all__ = [
     "Feed", "Head", "Loss", "Needs", "Objective", "Optim", "Part", "Run", "Scale", "Selection",
     "Selector", "State", "Subject", "Surgery", "Workload", "find", "load_all", "parts", "register",
 ]  # fmt: skip
-
-
-class Part(Frozen):
-    """Base of all parts. `kind` is the slot, `type` the slug it was registered under."""
-
-    kind: ClassVar[str]
-    type: ClassVar[str]
-    needs: ClassVar[Needs] = Needs()
-    card: ClassVar[Card | None] = None
-    examples: ClassVar[tuple[dict[str, Any], ...]] = ({},)
-    """Options, one set or more, with which the part does something in a run of eight steps."""
-
-    def reads(self) -> Mapping[str, str]:
-        """Other stages of the recipe whose finished models this part needs, and the ledger cause
-        their training is billed under: `{"teacher": "helper"}`. `ctx.stage(name)` gives them.
-        """
-        return {}
-
-    def same_tokenizer(self) -> Collection[str]:
-        """Those of `reads` whose models must have the tokenizer of the stage this part works in,
-        and take its rows whole. A recipe in which they certainly do not is refused.
-        """
-        return ()
-
-    def spec(self) -> dict[str, Any]:
-        """The part as plain data, every default written out; `parse_part` reads it back."""
-        return {"type": type(self).type, **self.model_dump(mode="json")}
-
-    def widest_scale(self) -> Scale:
-        """The widest kind of sharding it is correct under with these options."""
-        return type(self).needs.scale
 
 
 # --- the slots -----------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from maquette.data.corpus import prepare
 from maquette.data.tokenizers import TokenizerSpec
@@ -12,8 +11,9 @@ from maquette.errors import BadInput
 from maquette.evaluation.bits_per_byte import BitsPerByte
 from maquette.evaluation.domains import DomainBitsPerByte, by_group
 from maquette.methods.data.drop_domain import DropDomain
-from maquette.parts import Ctx, Subject
+from maquette.parts import Ctx
 from maquette.training.ledger import Ledger
+from tests.evaluation.models import tiny_llama
 
 BITS = pa.table(
     {
@@ -61,15 +61,7 @@ def test_groups_partition_the_bits_of_the_whole_and_a_dropped_domain_stays_held_
         ctx=ctx,
     )
     assert corpus.train.domains == ("web",)
-    config = LlamaConfig(
-        vocab_size=len(corpus.tokenizer),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-    )
-    subject = Subject(LlamaForCausalLM(config).eval(), corpus.tokenizer)
+    subject = tiny_llama(corpus)
     groups = DomainBitsPerByte(groups=GROUPS).measure(subject, corpus, ctx).to_pylist()
     whole = BitsPerByte().measure(subject, corpus, ctx).to_pylist()
     assert {r["metric"] for r in groups} == {"bpb-math", "bpb-general"}

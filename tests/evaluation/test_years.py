@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from maquette.data.corpus import prepare
 from maquette.data.corpus_spec import CorpusSpec
@@ -13,8 +12,9 @@ from maquette.data.tokenizers import TokenizerSpec
 from maquette.errors import BadInput
 from maquette.evaluation.bits_per_byte import BitsPerByte
 from maquette.evaluation.years import YearBitsPerByte, in_spans
-from maquette.parts import Ctx, Subject
+from maquette.parts import Ctx
 from maquette.training.ledger import Ledger
+from tests.evaluation.models import tiny_llama
 
 
 def test_spans_hold_both_their_ends_and_leave_the_rest_out():
@@ -54,17 +54,7 @@ def dated(tmp_path_factory):
         held_out_fraction=0.4,
         ctx=ctx,
     )
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(corpus.tokenizer),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-    )
-    subject = Subject(LlamaForCausalLM(config).eval(), corpus.tokenizer)
-    return subject, corpus, ctx
+    return tiny_llama(corpus), corpus, ctx
 
 
 def test_each_span_has_the_bits_of_its_own_documents(dated):

@@ -133,15 +133,6 @@ def test_tokens_that_vary_are_reckoned_with_their_mean_and_others_with_the_first
     assert feeder.steps == 1
 
 
-def test_a_mixture_of_denoisers_keeps_its_token_budget(world):
-    recipe = {
-        "workload": world.workload("text/seq2seq"), "size": "nano", "objective": "ul2",
-        "budget": "40000tok", "evaluate": [],
-    }  # fmt: skip
-    ran = world.train(recipe)
-    assert [line["tokens"] for line in ran.metrics()][-1] == pytest.approx(40_000, rel=0.03)
-
-
 def test_a_matrix_update_is_charged_in_the_steps_it_is_made_in(world):
     """GaLore's projection is an SVD every `gap` steps; AdamW's update is elementwise, and free."""
     galore = {"type": "galore", "rank": 4, "gap": 4}

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from maquette.data.installed import parse
 
-PATTERNS_VERSION = 2
+PATTERNS_VERSION = 3
 """Raised when what counts as an insecure call changes, so that nothing cached is used again."""
 
 EVALUATES = frozenset({"eval", "exec", "builtins.eval", "builtins.exec"})

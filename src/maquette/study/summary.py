@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -42,15 +43,15 @@ class Summary(Frozen):
     title: ClassVar[str]
     columns: ClassVar[tuple[str, ...]]
 
-    def arms_named(self, study: Study) -> Sequence[str]:
-        raise NotImplementedError
+    @abstractmethod
+    def arms_named(self, study: Study) -> Sequence[str]: ...
 
-    def metrics_named(self, study: Study) -> Sequence[str]:
-        raise NotImplementedError
+    @abstractmethod
+    def metrics_named(self, study: Study) -> Sequence[str]: ...
 
+    @abstractmethod
     def fill(self, study: Study, items: Items, seeds: Sequence[int]) -> Table:
         """The table from runs that all have these seeds. Raises ValueError where there is none."""
-        raise NotImplementedError
 
     def table(self, study: Study, items: Items) -> Table:
         """The table, or the reason why there is none."""

@@ -8,6 +8,7 @@ from syntax trees, so that both sides can be measured exactly and offline (`eval
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -90,6 +91,9 @@ print(scores, cut.keep(scores, ["a", "b", "c"]))
     def _one_cut(self) -> InsecureCallFilter:
         one_of_threshold_and_keep(self.threshold, self.keep)
         return self
+
+    def digest_key(self) -> str:
+        return json.dumps([self.spec(), PATTERNS_VERSION], sort_keys=True)
 
     def _scores(self, table: pa.Table | pa.RecordBatch, cache: Path | None) -> Array:
         live = kept_rows(table)

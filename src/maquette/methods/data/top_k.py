@@ -62,7 +62,8 @@ class TopK(Selector):
         claim="Keeping the best part of a corpus by a score gives fewer bits per byte on held-out "
         "documents than keeping as many bytes at random.",
         defaults_from="None: which end is best and how much to take depend on the score.",
-        cost="One pass over the corpus; 65 bytes of memory per document. No FLOPs are counted.",
+        cost="One pass over the corpus; 64 bytes of memory per document (`python "
+        "benchmarks/selection.py`). No FLOPs are counted.",
         when="When the amount of data is fixed and the score is trusted. A ranking alone knows no "
         "diversity: near-duplicates of the best document are all near the top.",
         differs=("equal scores are ordered by a hash of the id; the paper does not say how",),
