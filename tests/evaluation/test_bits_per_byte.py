@@ -23,11 +23,10 @@ from maquette.errors import BadInput
 from maquette.evaluation.bits_per_byte import (
     BitsPerByte,
     batches,
-    chosen_documents,
     cut,
     document_bits,
-    held_out_tokens,
 )
+from maquette.evaluation.scored_text import chosen_documents, held_out_tokens
 from maquette.parts import Ctx, Subject
 from maquette.training.ledger import Ledger
 

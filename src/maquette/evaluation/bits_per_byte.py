@@ -19,17 +19,15 @@ from pydantic import Field
 from torch import Tensor
 
 from maquette.data.corpus import Corpus
-from maquette.data.dedup import mix64
 from maquette.data.packing import PackedTokens
-from maquette.data.tokenizers import Encoder, content_digest, end_of_document
+from maquette.data.tokenizers import Encoder, end_of_document
 from maquette.errors import BadInput
-from maquette.parts import Audit, Card, Ctx, Needs, Subject, register
+from maquette.evaluation.scored_text import ScoredText, chosen_documents, document_ids
+from maquette.parts import Card, Ctx, Needs, Subject, register
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-NOMINAL_BYTES = 3
-"""Bytes of text a token is reckoned as when documents are chosen, whatever the tokenizer."""
 MAX_LENGTH = 2048
 """Longest window when no length is given."""
 MAX_LOGITS = 1 << 27
@@ -47,31 +45,6 @@ class Windows:
     row: np.ndarray
     start: np.ndarray
     size: np.ndarray
-
-
-def chosen_documents(
-    part: PackedTokens,
-    max_tokens: int,
-    domains: Collection[str] | None = None,
-    numbers: Collection[int] | None = None,
-) -> np.ndarray:
-    """Numbers of the documents to score, int64 ascending: the first by a hash, up to the limit.
-
-    max_tokens: a token is reckoned as 3 bytes of text, so that the choice is the same under every
-    tokenizer. At least one document is taken; documents without text are not. domains, numbers: of
-    these domains, and of these numbers in the part's file, alone.
-    """
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
-    wanted = np.array([domains is None or name in domains for name in part.domains], bool)
-    usable = (part.doc_bytes > 0) & wanted[part.doc_domain]
-    if numbers is not None:
-        usable &= np.isin(part.doc_row, np.fromiter(numbers, np.int64))
-    full = np.flatnonzero(usable)
-    order = full[np.argsort(mix64(part.doc_row[full].astype(np.uint64)), kind="stable")]
-    total = np.cumsum(part.doc_bytes[order])
-    n = max(1, int(np.searchsorted(total, max_tokens * NOMINAL_BYTES, side="right")))
-    return np.sort(order[:n])
 
 
 def cut(n_tokens: np.ndarray, length: int) -> Windows:
@@ -278,37 +251,6 @@ def check_causal(model: PreTrainedModel, token: int, device: torch.device) -> No
         )
 
 
-def held_out_tokens(subject: Subject, data: Corpus, ctx: Ctx) -> PackedTokens:
-    """The held-out part in the subject's own vocabulary.
-
-    Encoded anew (and cached) when the model's tokenizer is not the corpus's, as after surgery on
-    the vocabulary.
-    """
-    from maquette.data.cache import built_once, digest
-    from maquette.data.packing import pack
-    from maquette.data.table import stored
-
-    own = content_digest(subject.tokenizer)
-    if own == content_digest(data.tokenizer):
-        return data.held_out
-    source, _ = data.parts["held_out"]
-
-    def build(folder: object) -> dict[str, str]:
-        packed = pack(stored(source, ["id", "text", "domain"]), subject.tokenizer, folder)  # type: ignore[arg-type]
-        return {"digest": packed.digest}
-
-    key = digest(data.digest, own)
-    return PackedTokens.open(built_once(ctx.cache, f"tokens-{key}", build))
-
-
-def document_ids(data: Corpus) -> list[str]:
-    """The id of each document of the held-out part, by its number."""
-    from maquette.data.table import stored
-
-    batches = stored(data.parts["held_out"][0], ["id"])
-    return [name for batch in batches for name in batch["id"].to_pylist()]
-
-
 def by_document(bits: pa.Table, names: list[str]) -> pa.Table:
     """Item rows `bits-per-byte` (value bits / bytes, weight bytes) of a table of `document_bits`.
 
@@ -340,7 +282,7 @@ print(bits.sum(), "bits; an untrained model needs about", math.log2(300), "for e
 
 
 @register("bits-per-byte")
-class BitsPerByte(Audit):
+class BitsPerByte(ScoredText):
     """Bits per byte of held-out documents under a causal model; one row per document."""
 
     needs: ClassVar[Needs] = Needs(workloads=frozenset({"text/causal"}))
@@ -352,7 +294,8 @@ class BitsPerByte(Audit):
         idea="Add up -log2 p of every token of a held-out document and divide by its UTF-8 bytes: "
         "the size to which the model could compress the text.",
         claim="An instrument: it tests no claim of its own.",
-        defaults_from="200,000 tokens of held-out text; windows of the training length",
+        defaults_from="200,000 tokens of held-out text, at most 1,024 of a document; windows of "
+        "the training length",
         cost="One forward pass over the chosen documents, billed to `evaluation`.",
         when="The primary metric of any causal language model. Encoders have probes, "
         "encoder-decoders `infill`.",
@@ -375,7 +318,7 @@ class BitsPerByte(Audit):
             bits = document_bits(
                 subject.model,
                 subject.tokenizer,
-                held_out_tokens(subject, data, ctx),
+                self.held_out(subject, data, ctx),
                 device=ctx.device,
                 length=self.length or ctx.length or None,
                 max_tokens=self.max_tokens,

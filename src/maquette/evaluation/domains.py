@@ -12,8 +12,9 @@ from pydantic import Field
 from maquette.data.corpus import Corpus
 from maquette.data.domain_groups import assign_groups
 from maquette.errors import BadInput
-from maquette.evaluation.bits_per_byte import document_bits, document_ids, held_out_tokens
-from maquette.parts import Audit, Card, Ctx, Needs, Subject, register
+from maquette.evaluation.bits_per_byte import document_bits
+from maquette.evaluation.scored_text import ScoredText, document_ids
+from maquette.parts import Card, Ctx, Needs, Subject, register
 
 Direction = Literal["higher", "lower"]
 
@@ -53,7 +54,7 @@ def by_group(bits: pa.Table, groups: Mapping[str, tuple[str, ...]]) -> pa.Table:
 
 
 @register("domain-bits-per-byte")
-class DomainBitsPerByte(Audit):
+class DomainBitsPerByte(ScoredText):
     """Bits per byte on held-out documents, one metric `bpb-<group>` per group of domains."""
 
     needs: ClassVar[Needs] = Needs(workloads=frozenset({"text/causal"}))
@@ -99,7 +100,7 @@ print(by_group(bits, {"math": ("sympy",), "general": ("*",)}).to_pylist())
             bits = document_bits(
                 subject.model,
                 subject.tokenizer,
-                held_out_tokens(subject, data, ctx),
+                self.held_out(subject, data, ctx),
                 device=ctx.device,
                 length=ctx.length or None,
                 max_tokens=self.max_tokens,

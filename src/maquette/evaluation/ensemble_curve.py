@@ -28,17 +28,15 @@ from maquette.data.tokenizers import content_digest
 from maquette.errors import BadInput
 from maquette.evaluation.bits_per_byte import (
     MAX_LOGITS,
-    chosen_documents,
     document_bits,
-    document_ids,
-    held_out_tokens,
     model_length,
     readings,
 )
 from maquette.evaluation.items import means
 from maquette.evaluation.law_bootstrap import Range, bootstrap
 from maquette.evaluation.scaling import NoLaw, check_points, fit_law
-from maquette.parts import Audit, Card, Ctx, Needs, Subject, register
+from maquette.evaluation.scored_text import ScoredText, chosen_documents, document_ids
+from maquette.parts import Card, Ctx, Needs, Subject, register
 from maquette.training.ensemble import LogitMean, check_members, soup
 from maquette.training.pretrained import from_pretrained
 
@@ -140,7 +138,7 @@ def asymptote(losses_K: Sequence[float], rng: np.random.Generator) -> Asymptote:
 
 
 @register("ensemble-curve")
-class EnsembleCurve(Audit):
+class EnsembleCurve(ScoredText):
     """Bits per byte of the first k members of an ensemble, for every k, with two rivals."""
 
     needs: ClassVar[Needs] = Needs(workloads=frozenset({"text/causal"}))
@@ -199,7 +197,7 @@ print(found.floor, found.exponent)  # 3.34 with its interval, 0.8
 
     def measure(self, subject: Subject, data: Corpus, ctx: Ctx) -> pa.Table:
         members = self._members(subject, ctx)
-        part = held_out_tokens(subject, data, ctx)
+        part = self.held_out(subject, data, ctx)
         length = ctx.length or model_length(members[0])
         options: dict[str, Any] = {
             "device": ctx.device,

@@ -22,14 +22,12 @@ from maquette.data.packing import PackedTokens
 from maquette.evaluation.bits_per_byte import (
     MAX_LOGITS,
     check_causal,
-    chosen_documents,
-    document_ids,
-    held_out_tokens,
     model_length,
     readings,
     token_bits,
 )
-from maquette.parts import Audit, Card, Ctx, Needs, Subject, register
+from maquette.evaluation.scored_text import ScoredText, chosen_documents, document_ids
+from maquette.parts import Card, Ctx, Needs, Subject, register
 from maquette.training.teachers import check_reads_alike, load_frozen, reads_of
 
 if TYPE_CHECKING:
@@ -100,7 +98,7 @@ def bits_of_tokens(
 
 
 @register("loss-terciles")
-class LossTerciles(Audit):
+class LossTerciles(ScoredText):
     """Bits per token on the third of held-out tokens that a reference finds easiest, and so on."""
 
     needs: ClassVar[Needs] = Needs(workloads=frozenset({"text/causal"}))
@@ -150,7 +148,7 @@ print(by_tercile(bits, reference, np.array([0, 0, 0, 1, 1, 1]), ["a", "b"]).to_p
     def measure(self, subject: Subject, data: Corpus, ctx: Ctx) -> pa.Table:
         reference, tokenizer = load_frozen(self.reference, ctx, "evaluate.loss-terciles.reference")
         check_reads_alike(reference, tokenizer, ctx, "evaluate.loss-terciles.reference")
-        part = held_out_tokens(subject, data, ctx)
+        part = self.held_out(subject, data, ctx)
         documents = chosen_documents(part, self.max_tokens)
         names = document_ids(data)
         with ctx.ledger.meter("evaluation"):

@@ -12,8 +12,9 @@ from pydantic import Field, field_validator
 
 from maquette.data.corpus import Corpus
 from maquette.errors import BadInput
-from maquette.evaluation.bits_per_byte import document_bits, document_ids, held_out_tokens
-from maquette.parts import Audit, Card, Ctx, Needs, Subject, register
+from maquette.evaluation.bits_per_byte import document_bits
+from maquette.evaluation.scored_text import ScoredText, document_ids
+from maquette.parts import Card, Ctx, Needs, Subject, register
 
 Direction = Literal["higher", "lower"]
 Span = tuple[int, int]
@@ -41,7 +42,7 @@ def in_spans(years: Sequence[int | None], spans: Mapping[str, Span]) -> dict[int
 
 
 @register("year-bits-per-byte")
-class YearBitsPerByte(Audit):
+class YearBitsPerByte(ScoredText):
     """Bits per byte on held-out documents, one metric `bpb-<name>` per span of years."""
 
     needs: ClassVar[Needs] = Needs(
@@ -93,7 +94,7 @@ print(in_spans(years, {"old": (2000, 2012), "new": (2018, 2026)}))
     def measure(self, subject: Subject, data: Corpus, ctx: Ctx) -> pa.Table:
         years = [y for batch in data.documents("held_out") for y in batch["year"].to_pylist()]
         span_of = in_spans(years, self.spans)
-        part, names = held_out_tokens(subject, data, ctx), document_ids(data)
+        part, names = self.held_out(subject, data, ctx), document_ids(data)
         found = []
         for span in self.spans:
             numbers = [number for number, name in span_of.items() if name == span]

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from maquette.study.statistics import MIN_SEEDS, Interval, two_way_interval
+from maquette.study.statistics import MIN_SEEDS, Interval, Spread, spread_of, two_way_interval
 
 Array = NDArray[np.float64]
 
@@ -75,16 +75,17 @@ def sum_over_sets(sets: Sequence[tuple[Array, Array]], level: float = 0.95) -> I
     sets: (d_SN, weights_N) of each, S >= 3 rows for the same seeds. Seeds move all sets together;
     the items of each are a sample of their own, whose part of the two-way variance adds up.
     """
-    total_S = np.sum([d @ (w / w.sum()) for d, w in sets], axis=0)
-    S = len(total_S)
-    variance = float(total_S.var(ddof=1)) / S
-    for d_SN, w_N in sets:
-        alone_S = d_SN @ (w_N / w_N.sum())
-        se = two_way_interval(d_SN, w_N, level, bootstrap=False).se
-        variance += max(0.0, se**2 - float(alone_S.var(ddof=1)) / S)
-    effect, se = float(total_S.mean()), math.sqrt(variance)
-    margin = float(stats.t.ppf((1 + level) / 2, S - 1)) * se
-    return Interval(effect, effect - margin, effect + margin, se, S - 1, "two-way t", level)
+    shares = [(d_SN, w_N / w_N.sum()) for d_SN, w_N in sets]
+    total_S = np.sum([d_SN @ w_N for d_SN, w_N in shares], axis=0)
+    alone = [spread_of(d_SN, w_N) for d_SN, w_N in shares]
+    together = Spread(
+        seeds=float(total_S.var(ddof=1)) / len(total_S),
+        items=sum(spread.items for spread in alone),
+        rest=sum(spread.rest for spread in alone),
+        n_seeds=len(total_S),
+        noise=sum(spread.noise for spread in alone),
+    )
+    return together.interval(float(total_S.mean()), level)
 
 
 # --- mean ranks ----------------------------------------------------------------------------------

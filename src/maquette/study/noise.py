@@ -14,7 +14,8 @@ from maquette.errors import BadInput, RunFailed
 from maquette.recipe import Recipe, parse_recipe
 from maquette.study.execute import Options
 from maquette.study.pool import HERE, Place, Task, TaskDone, run_tasks
-from maquette.study.statistics import MIN_SEEDS, paired, power, seeds_needed
+from maquette.study.power import power, seeds_needed
+from maquette.study.statistics import MIN_SEEDS, paired
 from maquette.study.store import Store
 from maquette.study.verdict import Verdict, judge, resolve_smallest_effect
 from maquette.training.loop import Progress

@@ -1,4 +1,4 @@
-"""Paired statistics over (seed, item): effects, intervals, multiple comparisons and power.
+"""Paired statistics over (seed, item): effects, intervals and multiple comparisons.
 
 An item table has one row per evaluated item: `metric: string`, `item: string`, `value: float64`
 and `weight: float64`. The weight is the item's share in the metric (its bytes for bits per byte, 1
@@ -14,17 +14,17 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 from scipy import stats
-from scipy.integrate import quad
-from scipy.special import ndtr
 
 Array = NDArray[np.float64]
 
+RULE = 2
+"""Version of the rule behind intervals and verdicts; in the digest of every study."""
 MIN_SEEDS = 3
 BOOTSTRAP_SEEDS = 10
 ITEM_COLUMNS = ("metric", "item", "value", "weight")
@@ -66,17 +66,20 @@ class Paired:
 class Interval:
     """An effect (mean difference) with a two-sided confidence interval.
 
-    se: standard error of the effect. df: degrees of freedom of the t quantile.
-    method: `two-way t` or `nested bootstrap`.
+    se: standard error of the effect. df: degrees of freedom of its t quantile. seeds_se, seeds_df:
+    the same for the means of the seeds alone, which no interval is narrower than; 0 where there is
+    no such bound. method: `two-way t` or `nested bootstrap`.
     """
 
     effect: float
     low: float
     high: float
     se: float
-    df: int
+    df: float
     method: str
     level: float = 0.95
+    seeds_se: float = 0.0
+    seeds_df: int = 0
 
 
 def _rows(table: pa.Table, metric: str) -> tuple[list[str], Array, Array]:
@@ -170,27 +173,76 @@ def _same_items(metric: str, expected: list[str], given: list[str], where: str) 
     )
 
 
-def _two_way_se(d_SN: Array, w_N: Array) -> float:
-    """Standard error of the weighted mean with random seeds and random items.
+@dataclass(frozen=True)
+class Spread:
+    """Variance of a mean over S random seeds and random items, by what it comes from.
 
-    var = var_seeds + var_items - var_rest, the mean-square estimate of a two-way layout (each of
-    the first two contains the rest once), floored at the larger of the single components.
+    seeds, items: mean squares between seeds and between items, each of which contains the rest
+    once; rest: the mean square of what is left. All are variances of the mean. n_seeds: S.
+    noise: how uncertain `items` and `rest` are, the sum of mean square^2 / degrees of freedom.
+    """
+
+    seeds: float
+    items: float
+    rest: float
+    n_seeds: int
+    noise: float
+
+    @property
+    def se(self) -> float:
+        """Standard error: seeds + items - rest, floored at the larger of the first two."""
+        return math.sqrt(max(self.seeds + self.items - self.rest, self.seeds, self.items))
+
+    @property
+    def df(self) -> float:
+        """Degrees of freedom of `se`^2 (Satterthwaite, 1946): S - 1 where seeds are all of it, and
+        more the more of it are items, of which there are many."""
+        noise = self.seeds**2 / (self.n_seeds - 1) + self.noise
+        return self.se**4 / noise if noise else math.inf
+
+    def margin(self, level: float) -> float:
+        """Half the width of the interval: that of `se`, or of the seeds alone if it is wider.
+
+        With three seeds the spread between them can come out small by chance, and items would then
+        vouch for seeds; the paired t interval of the seeds' means allows for that.
+        """
+        both, seeds = (
+            float(stats.t.ppf((1 + level) / 2, df)) for df in (self.df, self.n_seeds - 1)
+        )
+        return max(both * self.se, seeds * math.sqrt(self.seeds))
+
+    def interval(self, effect: float, level: float) -> Interval:
+        """The interval around an effect, by t quantiles."""
+        margin = self.margin(level)
+        return Interval(
+            effect, effect - margin, effect + margin, self.se, self.df, "two-way t", level,
+            math.sqrt(self.seeds), self.n_seeds - 1,
+        )  # fmt: skip
+
+
+def spread_of(d_SN: Array, w_N: Array) -> Spread:
+    """The spread of the weighted mean of d_SN, shape (S, N), S >= 2; w_N: shares that sum to 1.
+
+    The mean squares are those of a two-way layout. Items are weighted, so theirs counts as
+    (sum of w^2)^2 / (sum of w^4) items.
     """
     S = d_SN.shape[0]
     seed_S = d_SN @ w_N
     effect = seed_S.mean()
     item_N = d_SN.mean(axis=0)
-    var_seeds = seed_S.var(ddof=1) / S
+    var_seeds = float(seed_S.var(ddof=1)) / S
     squares = w_N**2
     # Weighted form of N / (N - 1): E[(x_n - mean)^2] = var * (1 - 2 w_n + sum of w^2).
     expected = float(squares @ (1 - 2 * w_N + squares.sum()))
     if expected <= ROUNDING * squares.sum():  # one item carries all the weight
-        return math.sqrt(var_seeds)
+        return Spread(var_seeds, 0.0, 0.0, S, 0.0)
     correction = squares.sum() / expected
     var_items = correction * float(squares @ (item_N - effect) ** 2)
     rest_SN = d_SN - seed_S[:, None] - item_N[None, :] + effect
     var_rest = correction * float(squares @ (rest_SN**2).sum(axis=0)) / ((S - 1) * S)
-    return math.sqrt(max(var_seeds + var_items - var_rest, var_seeds, var_items))
+    df_items = max(1.0, float(squares.sum() ** 2 / (squares**2).sum()) - 1)
+    noise = (var_items**2 + var_rest**2 / (S - 1)) / df_items
+    return Spread(var_seeds, var_items, var_rest, S, noise)
 
 
 def _bootstrap_deviations(d_SN: Array, w_N: Array, draws: int, rng: np.random.Generator) -> Array:
@@ -229,11 +281,12 @@ def two_way_interval(
     level: coverage in (0, 1). rng, draws: used by the bootstrap.
     bootstrap: whether to use it; None means from 10 seeds up.
 
-    Below 10 seeds: two-way standard error and a t quantile with S - 1 degrees of freedom; with one
-    item this is the paired t interval. From 10 seeds up: nested bootstrap (seeds, then items),
-    which keeps the skew of the data. Its spread is set to the two-way standard error, because
-    resampling both margins counts the rest e[s, n] three times (Owen, 2007, arXiv:0712.1111), and
-    widened by t / z for the few seeds (Hesterberg, 2015, arXiv:1411.5279).
+    Below 10 seeds: two-way standard error and a t quantile with Satterthwaite's degrees of freedom,
+    but nothing narrower than the paired t interval of the seeds' means, which with one item it is.
+    From 10 seeds up: nested bootstrap (seeds, then items), which keeps the skew of the data. Its
+    spread is set to that of the t interval, because resampling both margins counts the rest
+    e[s, n] three times (Owen, 2007, arXiv:0712.1111), and few seeds need the t quantile
+    (Hesterberg, 2015, arXiv:1411.5279). `benchmarks/intervals.py` measures what both cover.
     Raises ValueError below 3 seeds, for bad shapes or weights, and when `rng` is missing.
     """
     d_SN = np.asarray(d_SN, dtype=np.float64)
@@ -254,33 +307,38 @@ def two_way_interval(
         )
     w_N = w_N / w_N.sum()
     effect = float((d_SN @ w_N).mean())
-    se = _two_way_se(d_SN, w_N)
+    spread = spread_of(d_SN, w_N)
     if bootstrap is None:
         bootstrap = S >= BOOTSTRAP_SEEDS
     method = "nested bootstrap" if bootstrap else "two-way t"
-    if se <= ROUNDING * float(np.abs(d_SN).max()):
+    if spread.se <= ROUNDING * float(np.abs(d_SN).max()):
         return Interval(effect, effect, effect, 0.0, S - 1, method, level)
-    t = float(stats.t.ppf((1 + level) / 2, S - 1))
+    closed = spread.interval(effect, level)
     if not bootstrap:
-        return Interval(effect, effect - t * se, effect + t * se, se, S - 1, method, level)
+        return closed
     if rng is None:
         raise ValueError(f"{S} seeds use the nested bootstrap, which needs `rng`")
     if draws < 100:
         raise ValueError(f"draws must be at least 100, got {draws} (2000 is the default)")
     deviations = _bootstrap_deviations(d_SN, w_N, draws, rng)
-    widen = se / float(deviations.std()) * t / float(stats.norm.ppf((1 + level) / 2))
+    z = float(stats.norm.ppf((1 + level) / 2))
+    widen = spread.margin(level) / z / float(deviations.std())
     low, high = np.quantile(deviations, [(1 - level) / 2, (1 + level) / 2]) * widen
-    return Interval(effect, effect + float(low), effect + float(high), se, S - 1, method, level)
+    return replace(closed, low=effect + float(low), high=effect + float(high), method=method)
 
 
 def p_value(interval: Interval) -> float:
-    """Two-sided p value of "the effect is 0", from its standard error and a t with `df`.
+    """Two-sided p value of "the effect is 0" from t quantiles: the larger one of both its bounds.
 
-    Without any spread (deterministic arms) it is 1 for a zero effect and 0 for any other.
+    It is below 1 - level where the t interval of that level excludes 0. Without any spread
+    (deterministic arms) it is 1 for a zero effect and 0 for any other.
     """
     if interval.se == 0:
         return 1.0 if interval.effect == 0 else 0.0
-    return float(2 * stats.t.sf(abs(interval.effect) / interval.se, interval.df))
+    bounds = [(interval.se, interval.df)]
+    if interval.seeds_se > 0:
+        bounds.append((interval.seeds_se, interval.seeds_df))
+    return max(float(2 * stats.t.sf(abs(interval.effect) / se, df)) for se, df in bounds)
 
 
 def _check_p(p_values: Sequence[float]) -> None:
@@ -318,62 +376,3 @@ def holm_levels(p_values: Sequence[float], level: float = 0.95) -> list[float]:
             stopped = share
         levels[i] = 1 - share
     return levels
-
-
-def power(sd: float, n_seeds: int, effect: float, level: float = 0.95) -> float:
-    """Probability that a paired t test on seed differences finds a true effect.
-
-    sd: standard deviation of the paired difference between seeds (from A/A runs), >= 0.
-    n_seeds: >= 2. effect: true difference, same unit as sd. Returns a value in [1 - level, 1].
-    """
-    if not (math.isfinite(sd) and sd >= 0):
-        raise ValueError(f"sd must be finite and >= 0, got {sd}")
-    if n_seeds < 2:
-        raise ValueError(f"n_seeds must be at least 2, got {n_seeds}")
-    if effect == 0:
-        return 1 - level
-    if sd == 0:
-        return 1.0
-    shift, df = abs(effect) * math.sqrt(n_seeds) / sd, n_seeds - 1
-    t = float(stats.t.ppf((1 + level) / 2, df))
-    # Over the spread that is estimated, in units of the true one; scipy's noncentral t gives NaN
-    # for large shifts.
-    spread = stats.chi(df, scale=1 / math.sqrt(df))
-    ends = float(spread.ppf(1e-13)), float(spread.isf(1e-13))
-
-    def density(s: float) -> float:
-        return float((ndtr(shift - t * s) + ndtr(-shift - t * s)) * spread.pdf(s))
-
-    turn = [shift / t] if ends[0] < shift / t < ends[1] else None
-    found, _ = quad(density, *ends, points=turn, limit=200, epsabs=1e-10)
-    return min(1.0, float(found))
-
-
-def seeds_needed(sd: float, effect: float, power: float = 0.8, level: float = 0.95) -> int:
-    """The fewest seeds (at least 3) that find a true effect with the wanted power.
-
-    sd: standard deviation of the paired difference between seeds. effect: not 0, same unit.
-    power: in (0, 1). Raises ValueError when more than a million would be needed.
-    """
-    if effect == 0:
-        raise ValueError("effect must not be 0: no number of seeds can find it")
-    if not 0 < power < 1:
-        raise ValueError(f"power must be in (0, 1), got {power} (0.8 is usual)")
-    enough = MIN_SEEDS
-    while _power(sd, enough, effect, level) < power:
-        enough *= 2
-        if enough > 1_000_000:
-            raise ValueError(
-                f"an effect of {effect} is too small beside a spread of {sd}: over a million seeds"
-            )
-    few = max(MIN_SEEDS - 1, enough // 2)
-    while enough - few > 1:
-        middle = (enough + few) // 2
-        if _power(sd, middle, effect, level) < power:
-            few = middle
-        else:
-            enough = middle
-    return enough
-
-
-_power = power  # `seeds_needed` has an argument of that name

@@ -16,7 +16,7 @@ from maquette.parts import Audit
 from maquette.quantities import Budget
 from maquette.recipe import RECIPE_KEYS, Recipe, digest, parse_recipe
 from maquette.study.ladder import Ladder, check_arms, parse_ladder
-from maquette.study.statistics import MIN_SEEDS
+from maquette.study.statistics import MIN_SEEDS, RULE
 from maquette.study.summaries import check_names, parse_summaries
 from maquette.study.summary import Summary
 from maquette.study.tuning import DEV, Tuning, value_at
@@ -96,7 +96,8 @@ class Study:
     def digest(self) -> str:
         if self.registered:
             return self.registered
-        return digest("study", {k: v for k, v in self.spec().items() if k != "question"})
+        spec = {k: v for k, v in self.spec().items() if k != "question"}
+        return digest("study", {**spec, "rule": RULE})
 
     def audit_of(self, metric: str, arm: str) -> Audit:
         """The audit of an arm that gives this metric; BadInput when none does."""
