@@ -80,7 +80,7 @@ def main() -> None:
         "command": f"python benchmarks/intervals.py --draws {given.draws} --level {given.level}",
         "covered": {
             "least": min(covered),
-            "median": float(np.median(covered)),
+            "median": round(float(np.median(covered)), 3),
             "most": max(covered),
         },
         "times wider with seeds - 1 degrees of freedom": {

@@ -191,7 +191,7 @@ def test_a_copied_study_is_the_file_that_comes_along_and_nothing_is_written_over
         ("replicate", "nobody"),
         ("check", "quickstart", "--device", "bogus"),
         ("compare", "quickstart", "--device", "bogus"),
-        ("run", "quickstart", "--arm", "electra", "--device", "cuda:99"),
+        ("run", "quickstart", "--arm", "usual-decay", "--device", "cuda:99"),
         ("noise", "text/casual"),
     ],
     ids=" ".join,
