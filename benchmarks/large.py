@@ -26,7 +26,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -69,20 +69,27 @@ def write_part(path: Path, n_bytes: int, pool: list[str], rng: np.random.Generat
 
 
 class Watched:
-    """Runs a command and watches the memory of its tree of processes."""
+    """Runs a command and watches the memory of its tree of processes, stage by stage.
+
+    A stage is what the command's progress names last on stderr, which is passed on.
+    """
 
     def __init__(self, command: list[str]) -> None:
         start = time.perf_counter()
-        self.peak_kb: dict[str, int] = {"sum": 0, "largest": 0}
-        process = subprocess.Popen(command, stdout=sys.stderr)
+        self.stage = "start"
+        self.peaks_kb: dict[str, tuple[int, ...]] = {}  # by stage: the sum, and its processes
+        process = subprocess.Popen(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
         done = threading.Event()
         watcher = threading.Thread(target=self._watch, args=(process.pid, done))
+        reader = threading.Thread(target=self._read, args=(process.stderr,))
         watcher.start()
+        reader.start()
         # Only wait4 gives the CPU time of this child and of all that it waited for.
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         done.set()
         watcher.join()
+        reader.join()
         self.seconds = time.perf_counter() - start
         self.cpu_seconds = usage.ru_utime + usage.ru_stime
         if process.returncode:
@@ -90,9 +97,15 @@ class Watched:
 
     def _watch(self, root: int, done: threading.Event) -> None:
         while not done.wait(0.25):
-            sizes = [_pss_kb(pid) for pid in _tree(root)]
-            self.peak_kb["sum"] = max(self.peak_kb["sum"], sum(sizes))
-            self.peak_kb["largest"] = max([self.peak_kb["largest"], *sizes])
+            sizes = sorted((_pss_kb(pid) for pid in _tree(root)), reverse=True)
+            seen = (sum(sizes), *sizes)
+            self.peaks_kb[self.stage] = max(self.peaks_kb.get(self.stage, ()), seen)
+
+    def _read(self, stderr: IO[str]) -> None:
+        for line in stderr:
+            print(line, end="", file=sys.stderr)
+            if line.startswith("corpus: "):
+                self.stage = line.removeprefix("corpus: ").split(",")[0].strip()
 
 
 def _tree(root: int) -> list[int]:
@@ -138,8 +151,11 @@ def measure(folder: Path, n_parts: int, engine: str) -> dict[str, Any]:
         "wall_seconds": round(run.seconds, 1),
         "cpu_seconds": round(run.cpu_seconds, 1),
         "cpu_seconds_per_gb": round(run.cpu_seconds / n_bytes * 1e9, 2),
-        "peak_memory_mb": run.peak_kb["sum"] // 1024,
-        "peak_memory_largest_process_mb": run.peak_kb["largest"] // 1024,
+        "peak_memory_mb": max(run.peaks_kb.values())[0] // 1024,
+        "by_stage": {
+            stage: {"peak_memory_mb": total // 1024, "of_processes": [kb // 1024 for kb in sizes]}
+            for stage, (total, *sizes) in run.peaks_kb.items()
+        },
     }
 
 
