@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from maquette.data import score_cache
 from maquette.data.documents import documents
 from maquette.data.score_cache import ScoreCache, cached_scores, scoring_key
 from maquette.data.scores import (
@@ -161,7 +162,24 @@ def test_many_small_additions_stay_findable(tmp_path):
         cached_scores([f"text {n}"], score, cache)
     cached_scores([f"text {n}" for n in range(60)], score, cache)
     assert len(score.asked) == 60
-    assert len(cache._shards) <= 6  # log2(60): few are searched
+    assert len(cache._held) <= 7  # log2 of 60 and a batch of 60: few are searched
+
+
+def test_memory_is_bounded_and_a_batch_that_comes_again_is_not_scored_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(score_cache, "MAX_HELD", 25)
+    cache, score = ScoreCache(tmp_path), Counting()
+    batches = [[f"text {10 * n + i}" for i in range(10)] for n in range(8)]
+    for batch in batches:
+        cached_scores(batch, score, cache)
+    assert sum(len(known) for known, _ in cache._held) == 20
+    other = ScoreCache(tmp_path)
+    found = [cached_scores(batch, score, other) for batch in batches]
+    assert np.concatenate(found).tolist() == [len(t) / 100 for batch in batches for t in batch]
+    assert len(score.asked) == 80 and not other._held
+    # Cut otherwise, what does not fit into memory is scored again, and rightly.
+    mixed = [t for batch in batches for t in batch][5:75]
+    assert cached_scores(mixed, score, other).tolist() == [len(t) / 100 for t in mixed]
+    assert 80 < len(score.asked) <= 150
 
 
 def test_a_digest_that_ends_in_zero_bytes_is_found(tmp_path):
