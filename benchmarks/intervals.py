@@ -13,11 +13,11 @@ the items for the whole of what will ever be scored.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import output
 from scipy import stats
 
 from maquette.study.statistics import two_way_interval
@@ -89,10 +89,7 @@ def main() -> None:
         },
         "rows": rows,
     }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if given.json:
-        given.json.write_text(text + "\n")
+    output.show(result, given.json)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import platform
 import subprocess
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import output
 
 from maquette.quantities import parse_bytes
 
@@ -217,10 +217,7 @@ def main() -> None:
         "cost_of_a_further_gb_grew_by": round(per_gb[-1] / per_gb[0] - 1, 3),
         "linear_within_15_percent": per_gb[-1] / per_gb[0] - 1 < LINEAR,
     }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if given.json:
-        given.json.write_text(text + "\n")
+    output.show(result, given.json)
 
 
 if __name__ == "__main__":

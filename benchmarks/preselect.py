@@ -12,7 +12,6 @@ with a weight vector.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import resource
@@ -25,6 +24,7 @@ for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
 
 import numpy as np
+import output
 import pyarrow as pa
 
 from maquette.data.corpus_spec import CorpusSpec
@@ -134,10 +134,7 @@ def main() -> None:
     given = parser.parse_args()
     where = machine()
     result = {"machine": where, "preselect": measure(given.documents, given.bytes, given.limit)}
-    text = json.dumps(result, indent=1)
-    print(text)
-    if given.json:
-        given.json.write_text(text + "\n")
+    output.show(result, given.json)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ fifths of the bytes. What is measured is the growth of the process's peak reside
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import output
 import pyarrow as pa
 
 from maquette.data.selection import Limit, index_table
@@ -57,10 +57,7 @@ def main() -> None:
         "chosen": len(chosen),
         "bytes_per_document": round((peak_bytes() - before) / n, 1),
     }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if given.json:
-        given.json.write_text(text + "\n")
+    output.show(result, given.json)
 
 
 if __name__ == "__main__":

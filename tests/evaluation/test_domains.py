@@ -61,7 +61,7 @@ def test_groups_partition_the_bits_of_the_whole_and_a_dropped_domain_stays_held_
         ctx=ctx,
     )
     assert corpus.train.domains == ("web",)
-    subject = tiny_llama(corpus)
+    subject = tiny_llama(corpus.tokenizer)
     groups = DomainBitsPerByte(groups=GROUPS).measure(subject, corpus, ctx).to_pylist()
     whole = BitsPerByte().measure(subject, corpus, ctx).to_pylist()
     assert {r["metric"] for r in groups} == {"bpb-math", "bpb-general"}

@@ -8,7 +8,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from maquette.data.corpus import Corpus, CorpusSpec, TokenizerSpec, prepare
 from maquette.data.documents import documents
@@ -16,8 +15,9 @@ from maquette.data.tokenizers import train
 from maquette.evaluation.bits_per_byte import BitsPerByte, bits_per_byte_of
 from maquette.evaluation.domains import DomainBitsPerByte
 from maquette.evaluation.scored_text import held_out_tokens, stretch, stretches
-from maquette.parts import Ctx, Subject
+from maquette.parts import Ctx
 from maquette.training.ledger import Ledger
+from tests.evaluation.models import tiny_llama
 
 LENGTH = 16
 CAP = 64 * 3
@@ -37,15 +37,6 @@ def corpus(tmp_path_factory) -> Corpus:
         (folder / "text" / f"{i}.txt").write_text(f"{i} {text}", encoding="utf-8")
     spec = CorpusSpec(path=str(folder / "text"))
     return prepare(spec, TokenizerSpec(type="bytes"), cache=folder / "cache", held_out_fraction=0.5)
-
-
-def llama(vocabulary: int) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, max_position_embeddings=LENGTH, initializer_range=0.5,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
 
 
 def context(tmp_path: Path) -> Ctx:
@@ -93,8 +84,7 @@ def test_the_stretches_are_the_same_under_every_tokenizer(corpus, tmp_path):
     other = train(TokenizerSpec(vocabulary=300), list(texts.values()))
     ctx = context(tmp_path)
     parts = [
-        held_out_tokens(Subject(llama(len(t)), t), corpus, ctx, CAP // 3)
-        for t in (corpus.tokenizer, other)
+        held_out_tokens(tiny_llama(t), corpus, ctx, CAP // 3) for t in (corpus.tokenizer, other)
     ]
     assert parts[0].n_tokens > parts[1].n_tokens
     names = list(texts)
@@ -107,13 +97,13 @@ def test_the_stretches_are_the_same_under_every_tokenizer(corpus, tmp_path):
 
 
 def test_the_audit_scores_each_stretch_as_a_text_of_its_own(corpus, tmp_path):
-    model, texts = llama(len(corpus.tokenizer)), held_out_texts(corpus)
-    subject, ctx = Subject(model, corpus.tokenizer), context(tmp_path)
+    subject, texts = tiny_llama(corpus.tokenizer), held_out_texts(corpus)
+    ctx = context(tmp_path)
     table = BitsPerByte(document_tokens=CAP // 3).measure(subject, corpus, ctx)
     assert table.num_rows == len(texts)
     for row in table.to_pylist():
         piece = stretch(texts[row["item"]], row["item"], CAP)
-        alone = bits_per_byte_of([piece], LENGTH)(model, corpus.tokenizer)
+        alone = bits_per_byte_of([piece], LENGTH)(subject.model, corpus.tokenizer)
         assert row["value"] == pytest.approx(alone, rel=1e-5)
         assert row["weight"] == len(piece.encode())
     groups = DomainBitsPerByte(groups={"all": ("*",)}, document_tokens=CAP // 3)
@@ -124,7 +114,7 @@ def test_the_audit_scores_each_stretch_as_a_text_of_its_own(corpus, tmp_path):
 
 
 def test_long_documents_do_not_outweigh_the_others(corpus, tmp_path):
-    subject, ctx = Subject(llama(len(corpus.tokenizer)), corpus.tokenizer), context(tmp_path)
+    subject, ctx = tiny_llama(corpus.tokenizer), context(tmp_path)
 
     def effective(audit: BitsPerByte) -> float:
         """Kish's effective number of items."""
@@ -137,7 +127,7 @@ def test_long_documents_do_not_outweigh_the_others(corpus, tmp_path):
 
 
 def test_documents_that_are_all_short_are_not_encoded_again(corpus, tmp_path):
-    subject, ctx = Subject(llama(len(corpus.tokenizer)), corpus.tokenizer), context(tmp_path)
+    subject, ctx = tiny_llama(corpus.tokenizer), context(tmp_path)
     assert held_out_tokens(subject, corpus, ctx, 10**6) is corpus.held_out
     assert held_out_tokens(subject, corpus, ctx) is corpus.held_out
     assert not list(tmp_path.iterdir())

@@ -54,7 +54,7 @@ def dated(tmp_path_factory):
         held_out_fraction=0.4,
         ctx=ctx,
     )
-    return tiny_llama(corpus), corpus, ctx
+    return tiny_llama(corpus.tokenizer), corpus, ctx
 
 
 def test_each_span_has_the_bits_of_its_own_documents(dated):
