@@ -367,6 +367,10 @@ class Audit(Part):
     """True when the training part must be what the model was trained on, and the held-out part not:
     a split made afterwards would be taken for membership."""
 
+    def digest_key(self) -> str:
+        """Text that changes when the content of a file of its own does; "" if it reads none."""
+        return ""
+
     def metric_directions(self) -> Mapping[str, Literal["higher", "lower"]]:
         return self.metrics
 

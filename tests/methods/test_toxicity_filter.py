@@ -5,20 +5,12 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import maquette.methods.data.toxicity_filter as module
 from maquette.data.documents import documents
 from maquette.data.scores import with_column
 from maquette.errors import BadInput
-from maquette.methods.data.toxicity_filter import (
-    TermRate,
-    ToxicityFilter,
-    bad_word_rate,
-    read_words,
-    term_pattern,
-)
+from maquette.methods.data.toxicity_filter import ToxicityFilter
 
 BATCH = documents(
     ["a", "b", "c", "d"],
@@ -44,26 +36,14 @@ def test_threshold_zero_drops_every_document_with_a_listed_term(tmp_path, words)
     assert out.column("toxicity").to_pylist() == pytest.approx([0, 0.25, 0, 1])
 
 
-def test_terms_are_whole_words_in_any_case_and_script():
-    pattern = term_pattern(["ass", "@$$", "馬鹿"])
-    hits = [bad_word_rate(t, pattern) > 0 for t in ("an ass.", "class", "what @$$!", "彼は馬鹿だ")]
-    assert hits == [True, False, True, True]
+def test_terms_in_the_recipe_do_what_the_same_in_a_file_do(tmp_path, words):
+    inline = run(ToxicityFilter(terms=("blast", "Rotten scoundrel "), threshold=0), tmp_path)
+    assert inline.equals(run(ToxicityFilter(words_file=str(words), threshold=0), tmp_path))
 
 
-@given(
-    st.lists(st.text("ab_ -$ßA", min_size=1, max_size=5).map(str.strip).filter(bool), min_size=1),
-    st.text("ab_ -$ßAB\n", max_size=40),
-)
-def test_words_looked_up_give_the_rate_of_the_pattern(terms, text):
-    assert TermRate(terms)(text) == bad_word_rate(text, term_pattern(terms))
-
-
-def test_an_empty_list_is_refused(tmp_path):
-    (tmp_path / "empty.txt").write_text("# nothing\n\n")
-    with pytest.raises(BadInput, match="empty"):
-        read_words(tmp_path / "empty.txt")
-    with pytest.raises(BadInput, match="cannot be read"):
-        read_words(tmp_path / "absent.txt")
+def test_blank_terms_are_refused(tmp_path):
+    with pytest.raises(BadInput, match="list of terms is empty"):
+        run(ToxicityFilter(terms=(" ",), threshold=0), tmp_path)
 
 
 def test_scores_may_come_from_a_column(tmp_path):

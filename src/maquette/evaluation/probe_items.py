@@ -49,7 +49,7 @@ def held_out_items(
         look = documents[:_LOOK]
         code = sum(next(functions(row["text"]), None) is not None for row in look)
         kind = "functions" if 2 * code >= len(look) else "passages"
-    cut = _functions if kind == "functions" else _passages
+    cut = _functions if kind == "functions" else passages
     items, seen = [], set()
     for row in documents:
         named: Counter[str] = Counter()
@@ -68,7 +68,7 @@ def _functions(text: str) -> Iterator[tuple[str, str]]:
         yield function.name, function.source
 
 
-def _passages(text: str) -> Iterator[tuple[str, str]]:
+def passages(text: str) -> Iterator[tuple[str, str]]:
     """Stretches of about 400 characters that end at white space."""
     start = number = 0
     while start < len(text):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -35,80 +34,12 @@ from maquette.data.scores import (
     one_of_threshold_and_keep,
     texts_of,
 )
+from maquette.data.terms import TermRate, listed_terms
 from maquette.errors import BadInput, did_you_mean
 from maquette.parts import Card, Ctx, DataOp, State, register
 
 NAME = "toxicity"
 ENTRY_POINTS = "maquette.scorers"
-_WORD = re.compile(r"\w+")
-_PLAIN_TERM = re.compile(r"[a-z0-9](?:\w*[a-z0-9])?", re.ASCII)
-# A table for `bytes.translate`: what is no part of an ASCII word becomes a space.
-_WORDS_ONLY = bytes(b if re.match(rb"\w", bytes([b])) else 32 for b in range(256))
-
-
-def read_words(path: Path) -> tuple[str, ...]:
-    """The terms of a word list, one per line (blank lines and `#` comments aside), lower case.
-
-    Raises BadInput for a file that cannot be read or holds no term.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"the word list cannot be read ({error})", where=path) from None
-    terms = {line.strip().lower() for line in lines if not line.lstrip().startswith("#")}
-    terms.discard("")
-    if not terms:
-        raise BadInput("the word list is empty", where=path, mend="one term per line")
-    return tuple(sorted(terms))
-
-
-def term_pattern(terms: Sequence[str]) -> re.Pattern[str]:
-    """A pattern for any of the terms as whole words or phrases, whatever the case.
-
-    Word boundaries are put only where a term begins or ends with a letter or digit, so that terms
-    in scripts without spaces and terms such as `@$$` are found too.
-    """
-    if not terms:
-        raise ValueError("a bad-word list must hold at least one term")
-    parts = []
-    for term in sorted(terms, key=len, reverse=True):
-        body = r"\s+".join(re.escape(word) for word in term.split())
-        ascii_start = term[0].isascii() and term[0].isalnum()
-        ascii_end = term[-1].isascii() and term[-1].isalnum()
-        parts.append((r"(?<!\w)" if ascii_start else "") + body + (r"(?!\w)" if ascii_end else ""))
-    return re.compile("|".join(parts), re.IGNORECASE)
-
-
-def bad_word_rate(text: str, pattern: re.Pattern[str]) -> float:
-    """Listed terms per word, in [0, 1]; above 0 exactly if the text holds a listed term."""
-    hits = len(pattern.findall(text))
-    if not hits:
-        return 0.0
-    return min(1.0, hits / max(1, len(_WORD.findall(text))))
-
-
-class TermRate:
-    """`bad_word_rate` of texts, several times as fast where a text is ASCII.
-
-    Terms that are one ASCII word are looked up among the text's words. The pattern is tried only
-    if the text holds the longest piece without white space of one of the other terms.
-    """
-
-    def __init__(self, terms: Sequence[str]) -> None:
-        self.pattern = term_pattern(terms)
-        lower = {term.lower() for term in terms}
-        self.words = {t.encode() for t in lower if _PLAIN_TERM.fullmatch(t)}
-        others = (t for t in lower if t.isascii() and t.encode() not in self.words)
-        self.pieces = sorted({max(term.split(), key=len).encode() for term in others})
-
-    def __call__(self, text: str) -> float:
-        if not text.isascii():
-            return bad_word_rate(text, self.pattern)
-        data = text.encode().lower()
-        if any(piece in data for piece in self.pieces):
-            return bad_word_rate(text, self.pattern)
-        found = data.translate(_WORDS_ONLY).split()
-        return sum(map(self.words.__contains__, found)) / max(1, len(found))
 
 
 def word_list_scorer(terms: Sequence[str]) -> Scorer:
@@ -130,8 +61,8 @@ def find_scorer(name: str) -> tuple[str, Callable[[list[str]], Sequence[float]]]
             key="scorer",
             mend=did_you_mean(name, known)
             if known
-            else f"declare an entry point of the group `{ENTRY_POINTS}`, or give `words_file` or "
-            "`column`",
+            else f"declare an entry point of the group `{ENTRY_POINTS}`, or give `terms`, "
+            "`words_file` or `column`",
         )
     entry = known[name]
     version = entry.dist.version if entry.dist is not None else ""
@@ -185,8 +116,10 @@ print(score(["You rotten  SCOUNDREL!", "A blasted heath.", "Blast, it rained."])
     )
     examples: ClassVar[tuple[dict[str, Any], ...]] = ({"words_file": "words.txt", "keep": 0.8},)
 
+    terms: tuple[str, ...] = ()
+    """Bad words or phrases: the score is the listed terms per word."""
     words_file: str | None = None
-    """Bad-word list, one term per line: the score is the listed terms per word."""
+    """The same in a file, one term per line."""
     column: str | None = None
     """A column of the corpus that holds the scores, in [0, 1]."""
     scorer: str | None = None
@@ -202,20 +135,26 @@ print(score(["You rotten  SCOUNDREL!", "A blasted heath.", "Blast, it rained."])
     @model_validator(mode="after")
     def _complete(self) -> ToxicityFilter:
         one_of_threshold_and_keep(self.threshold, self.keep)
-        given = [n for n in ("words_file", "column", "scorer") if getattr(self, n) is not None]
+        given = [n for n in ("terms", "words_file", "column", "scorer") if getattr(self, n)]
         if len(given) != 1:
             shown = ", ".join(given) or "none"
-            raise ValueError(f"give one of `words_file`, `column` and `scorer`, got {shown}")
+            raise ValueError(
+                f"give one of `terms`, `words_file`, `column` and `scorer`, got {shown}"
+            )
         return self
 
     def digest_key(self) -> str:
         return json.dumps([self.spec(), self._identity()], sort_keys=True)
 
     def _identity(self) -> str:
-        if self.words_file is not None:
-            terms = "\n".join(read_words(Path(self.words_file)))
+        if terms := "\n".join(self._listed()):
             return hashlib.blake2b(terms.encode(), digest_size=16).hexdigest()
         return find_scorer(self.scorer)[0] if self.scorer is not None else f"column {self.column}"
+
+    def _listed(self) -> tuple[str, ...]:
+        """The terms of the word list; none if the scores are not from one."""
+        by_words = self.terms or self.words_file
+        return listed_terms(self.terms, self.words_file) if by_words else ()
 
     def _scores(self, table: pa.Table | pa.RecordBatch, terms: Sequence[str], cache: str) -> Array:
         if self.column is not None:
@@ -237,7 +176,7 @@ print(score(["You rotten  SCOUNDREL!", "A blasted heath.", "Blast, it rained."])
 
     def fit(self, sample: pa.Table, ctx: Ctx) -> State:
         """Score the sample and place the cut; exact when the sample is the whole corpus."""
-        terms = read_words(Path(self.words_file)) if self.words_file is not None else ()
+        terms = self._listed()
         scores = self._scores(sample, terms, str(ctx.cache))
         live = kept_rows(sample)
         ids, sizes = ids_of(sample, live), byte_lengths(sample)[live]
