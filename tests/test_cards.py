@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import yaml
 from pydantic import Field
 
 from maquette import cards, parts
@@ -12,6 +13,7 @@ from maquette.config import Frozen
 from maquette.errors import BadInput
 from maquette.methods.optim.galore import GaLore
 from maquette.methods.surgery.low_rank import LowRank
+from maquette.recipe import parse_part
 from maquette.study.study import load_study
 
 ROOT = Path(__file__).parents[1]
@@ -55,6 +57,18 @@ def test_every_method_with_a_card_has_a_page_and_a_line_in_the_index(made):
         if cls.card is not None and cls.__module__.startswith("maquette."):
             assert f"{cls.type}.md" in made
             assert f"[`{cls.type}`]({cls.type}.md)" in made["README.md"]
+
+
+@pytest.mark.parametrize("cls", list(parts.parts()), ids=lambda cls: f"{cls.kind}-{cls.type}")
+def test_what_a_page_shows_as_a_part_of_a_recipe_can_be_read(cls, made):
+    _, shown, rest = made.get(f"{cls.type}.md", "").partition("## In a recipe\n\n```yaml\n")
+    if not shown:
+        pytest.skip("not a part that recipes name, or without a card")
+    snippet = rest.split("```")[0]
+    [value] = yaml.safe_load(snippet).values()
+    [value] = value if isinstance(value, list) else [value]
+    base = next(base for base in cls.__mro__ if base.__module__ == "maquette.parts")
+    assert isinstance(parse_part(base, value), cls)
 
 
 def test_a_field_has_the_docstring_below_it_and_a_subclass_its_own():

@@ -8,6 +8,7 @@ The same code gives the same bytes, so that a test can hold the committed pages 
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
 import json
 import re
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
@@ -220,10 +221,27 @@ def page(cls: type[Part], sources: Sources) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _least_options(cls: type[Part]) -> dict[str, Any]:
+    """Of the options of the first example those without which the part is refused."""
+    least = dict(cls.examples[0])
+    for name in cls.examples[0]:
+        fewer = {n: value for n, value in least.items() if n != name}
+        with contextlib.suppress(ValidationError):
+            cls.model_validate(fewer)
+            least = fewer
+    return least
+
+
+def _flow(options: dict[str, Any]) -> str:
+    """YAML of options on one line."""
+    plain = to_jsonable_python(options)
+    return yaml.safe_dump(plain, default_flow_style=True, sort_keys=False, width=10_000).strip()
+
+
 def _in_a_recipe(cls: type[Part]) -> list[str]:
     key = KINDS[cls.kind][1]
-    needed = [name for name, info in cls.model_fields.items() if info.is_required()]
-    spec = f"{{type: {cls.type}, {', '.join(f'{n}: ...' for n in needed)}}}" if needed else cls.type
+    needed = _least_options(cls)
+    spec = _flow({"type": cls.type, **needed}) if needed else cls.type
     lines = ["```yaml", key.format(spec), "```"] if key else []
     if cls.needs.workloads:
         names = ", ".join(f"`{name}`" for name in sorted(cls.needs.workloads))
