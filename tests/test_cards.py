@@ -13,6 +13,7 @@ from maquette.config import Frozen
 from maquette.errors import BadInput
 from maquette.methods.optim.galore import GaLore
 from maquette.methods.surgery.low_rank import LowRank
+from maquette.option_table import bounds_text, field_texts, option_tables, prose, type_text
 from maquette.recipe import parse_part
 from maquette.study.study import load_study
 
@@ -72,12 +73,12 @@ def test_what_a_page_shows_as_a_part_of_a_recipe_can_be_read(cls, made):
 
 
 def test_a_field_has_the_docstring_below_it_and_a_subclass_its_own():
-    assert cards.field_texts(Base) == {"rate": "How much."}
-    assert cards.field_texts(Derived) == {"rate": "How much | of `a|b`, in two lines."}
+    assert field_texts(Base) == {"rate": "How much."}
+    assert field_texts(Derived) == {"rate": "How much | of `a|b`, in two lines."}
 
 
 def test_the_text_of_an_inherited_field_is_found():
-    assert "cosine" in cards.field_texts(GaLore)["schedule"]
+    assert "cosine" in field_texts(GaLore)["schedule"]
 
 
 @pytest.mark.parametrize(
@@ -93,17 +94,17 @@ def test_the_text_of_an_inherited_field_is_found():
     ],
 )
 def test_a_type_is_said_in_words(annotation, text):
-    assert cards.type_text(annotation) == text
+    assert type_text(annotation) == text
 
 
 def test_limits_are_shown():
-    assert cards.bounds_text(Base.model_fields["rate"]) == "> 0, <= 1"
-    assert cards.bounds_text(Derived.model_fields["names"]) == "at least 1"
-    assert cards.bounds_text(Base.model_fields["plain"]) == ""
+    assert bounds_text(Base.model_fields["rate"]) == "> 0, <= 1"
+    assert bounds_text(Derived.model_fields["names"]) == "at least 1"
+    assert bounds_text(Base.model_fields["plain"]) == ""
 
 
 def test_the_table_of_options_keeps_its_columns_whatever_a_text_holds():
-    lines = cards._options(Derived)
+    lines = option_tables(Derived)
     rows = [line for line in lines if line.startswith("| `")]
     assert len(rows) == 5 + 1  # the inner class has a table of one
     for row in rows:
@@ -113,7 +114,7 @@ def test_the_table_of_options_keeps_its_columns_whatever_a_text_holds():
 
 
 def test_markup_in_a_card_is_shown_as_text_and_code_stays_code():
-    assert cards._text("2 * 3 ~ <b> `a * <b>`") == r"2 \* 3 \~ &lt;b> `a * <b>`"
+    assert prose("2 * 3 ~ <b> `a * <b>`") == r"2 \* 3 \~ &lt;b> `a * <b>`"
 
 
 def test_a_method_is_tried_by_its_own_study_and_by_those_that_vary_it():

@@ -7,28 +7,19 @@ The same code gives the same bytes, so that a test can hold the committed pages 
 
 from __future__ import annotations
 
-import ast
 import contextlib
-import inspect
 import json
-import re
 import sys
-import textwrap
-import types
-import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
-import yaml
-from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
-from pydantic_core import to_jsonable_python
+from pydantic import ValidationError
 
 from maquette import atomic, parts
 from maquette.errors import BadInput
+from maquette.option_table import as_yaml, cell, option_tables, prose
 from maquette.parts import Part
 from maquette.study.study import Study, built_in, load_study
 
@@ -63,135 +54,13 @@ class Sources:
     studies: Mapping[str, Study] = field(default_factory=dict)
 
 
-# --- options -------------------------------------------------------------------------------------
-
-
-@cache
-def field_texts(cls: type[BaseModel]) -> Mapping[str, str]:
-    """The docstring below each field, by name, also of inherited fields; read from the source."""
-    found: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        if not issubclass(base, BaseModel) or base is BaseModel:
-            continue
-        tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        body = typing.cast(ast.ClassDef, tree.body[0]).body
-        for node, below in zip(body, [*body[1:], ast.Pass()], strict=True):
-            if (
-                isinstance(node, ast.AnnAssign)
-                and isinstance(node.target, ast.Name)
-                and isinstance(below, ast.Expr)
-                and isinstance(below.value, ast.Constant)
-                and isinstance(below.value.value, str)
-            ):
-                found[node.target.id] = " ".join(below.value.value.split())
-    return found
-
-
-def type_text(annotation: Any) -> str:
-    """An annotation in the words of YAML: `float or null`, `"a" or "b"`, `list of int`."""
-    origin, given = typing.get_origin(annotation), typing.get_args(annotation)
-    if annotation is None or annotation is type(None):
-        return "null"
-    if origin is typing.Annotated:
-        return type_text(given[0])
-    if origin is Literal:
-        return " or ".join(_as_yaml(choice) for choice in given)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(type_text(choice) for choice in given)
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        return f"map of {type_text(given[0])} to {type_text(given[1])}"
-    if origin is tuple and given[-1] is not Ellipsis:
-        return "[" + ", ".join(map(type_text, given)) + "]"
-    if origin is not None:
-        return f"list of {type_text(given[0])}"
-    if isinstance(annotation, type) and issubclass(annotation, Part):
-        return annotation.kind.replace("_", " ")
-    return str(getattr(annotation, "__name__", annotation))
-
-
-def bounds_text(info: FieldInfo) -> str:
-    """The limits of a field, like `> 0, <= 1`; empty without any."""
-    signs = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
-    limits = [
-        f"{sign} {getattr(rule, name):g}"
-        for rule in info.metadata
-        for name, sign in signs
-        if hasattr(rule, name)
-    ]
-    fewest = next((r.min_length for r in info.metadata if hasattr(r, "min_length")), 0)
-    return ", ".join([*limits, *([f"at least {fewest}"] if fewest else [])])
-
-
-def _as_yaml(value: Any) -> str:
-    text = yaml.safe_dump(
-        to_jsonable_python(value), default_flow_style=True, width=10_000, sort_keys=False
-    )
-    return text.removesuffix("\n").removesuffix("\n...")
-
-
-def _nested(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Configuration classes inside an annotation, other parts left out."""
-    for inner in typing.get_args(annotation):
-        yield from _nested(inner)
-    if (
-        isinstance(annotation, type)
-        and issubclass(annotation, BaseModel)
-        and not issubclass(annotation, Part)
-    ):
-        yield annotation
-
-
-def _options(cls: type[BaseModel]) -> list[str]:
-    """The table of a class's fields, then one for each configuration class inside them."""
-    if not cls.model_fields:
-        return ["None."]
-    texts = field_texts(cls)
-    lines = ["| option | type | default | |", "|---|---|---|---|"]
-    nested: dict[str, type[BaseModel]] = {}
-    for name, info in cls.model_fields.items():
-        if info.is_required():
-            default = "required"
-        else:
-            default = _code(_as_yaml(info.get_default(call_default_factory=True)))
-        kind = type_text(info.annotation)
-        limits = bounds_text(info)
-        shown = _code(f"{kind}, {limits}" if limits else kind)
-        about = _text(texts.get(name, ""))
-        lines.append("| " + " | ".join(map(_cell, (_code(name), shown, default, about))) + " |")
-        nested |= {inner.__name__: inner for inner in _nested(info.annotation)}
-    for name, inner in nested.items():
-        about = _text(inner.__doc__ or "")
-        lines += ["", f"**`{name}`.** {about}", "", *_options(inner)]
-    return lines
-
-
-# --- Markdown ------------------------------------------------------------------------------------
-
-
-def _text(value: str) -> str:
-    """One line of prose: code between backticks stays, other markup is made harmless."""
-    pieces = " ".join(value.split()).split("`")
-    for i in range(0, len(pieces), 2):
-        pieces[i] = re.sub(r"([*~\\])", r"\\\1", pieces[i]).replace("<", "&lt;")
-    return "`".join(pieces)
-
-
-def _code(value: str) -> str:
-    ticks = "``" if "`" in value else "`"
-    return f"{ticks}{value}{ticks}"
-
-
-def _cell(value: str) -> str:
-    return value.replace("|", "\\|")
-
-
 def _section(title: str, body: str | list[str]) -> list[str]:
     lines = [body] if isinstance(body, str) else body
     return ["", f"## {title}", "", *lines] if lines and any(lines) else []
 
 
 def _bullets(values: tuple[str, ...]) -> list[str]:
-    return [f"- {_text(value)}" for value in values]
+    return [f"- {prose(value)}" for value in values]
 
 
 # --- one page ------------------------------------------------------------------------------------
@@ -202,15 +71,17 @@ def page(cls: type[Part], sources: Sources) -> str:
     card = cls.card
     if card is None:
         raise ValueError(f"{cls.kind} `{cls.type}` has no card")
-    paper = _text(card.paper)
+    paper = prose(card.paper)
     if card.arxiv:
         paper += f", [arXiv:{card.arxiv}](https://arxiv.org/abs/{card.arxiv})"
-    lines = [MARK, f"# {_text(card.title)}", "", paper, "", _text(card.idea)]
-    lines += _section("Claim", _text(card.claim))
-    lines += _section("When to use it", _text(card.when))
-    lines += _section("Cost", _text(card.cost))
+    lines = [MARK, f"# {prose(card.title)}", "", paper, "", prose(card.idea)]
+    lines += _section("Claim", prose(card.claim))
+    lines += _section("When to use it", prose(card.when))
+    lines += _section("Cost", prose(card.cost))
     lines += _section("In a recipe", _in_a_recipe(cls))
-    lines += _section("Options", [f"Defaults: {_text(card.defaults_from)}", "", *_options(cls)])
+    lines += _section(
+        "Options", [f"Defaults: {prose(card.defaults_from)}", "", *option_tables(cls)]
+    )
     lines += _section("Figures in the paper", _bullets(card.paper_figures))
     lines += _section("Differs from the official code", _bullets(card.differs))
     lines += _section("Cannot be combined with", _clashes(cls))
@@ -232,16 +103,10 @@ def _least_options(cls: type[Part]) -> dict[str, Any]:
     return least
 
 
-def _flow(options: dict[str, Any]) -> str:
-    """YAML of options on one line."""
-    plain = to_jsonable_python(options)
-    return yaml.safe_dump(plain, default_flow_style=True, sort_keys=False, width=10_000).strip()
-
-
 def _in_a_recipe(cls: type[Part]) -> list[str]:
     key = KINDS[cls.kind][1]
     needed = _least_options(cls)
-    spec = _flow({"type": cls.type, **needed}) if needed else cls.type
+    spec = as_yaml({"type": cls.type, **needed}) if needed else cls.type
     lines = ["```yaml", key.format(spec), "```"] if key else []
     if cls.needs.workloads:
         names = ", ".join(f"`{name}`" for name in sorted(cls.needs.workloads))
@@ -284,7 +149,7 @@ def _studies(trials: list[Trial]) -> list[str]:
     for trial in trials:
         arms = ", ".join(f"`{arm}`" for arm in trial.study.arms if arm in trial.arms)
         role = "" if trial.own else f" Arms that use it: {arms}."
-        lines += [f"{_text(trial.study.question)}{role}", ""]
+        lines += [f"{prose(trial.study.question)}{role}", ""]
         lines += ["```bash", f"maquette replicate {trial.study.name}", "```", ""]
     return lines[:-1]
 
@@ -297,7 +162,7 @@ def _measured(trials: list[Trial], results: Path) -> list[str]:
             continue
         report = _report(file)
         said = [
-            f"- {_text(arm['verdict']['sentence'])}"
+            f"- {prose(arm['verdict']['sentence'])}"
             for arm in report["arms"]
             if arm.get("verdict") and arm["name"] in trial.arms
         ]
@@ -330,7 +195,7 @@ def _circumstances(report: Mapping[str, Any]) -> str:
         facts.append(f"{machine['cores']} cores")
     if machine.get("torch"):
         facts.append(f"torch {machine['torch']}")
-    where = _text(", ".join(facts))
+    where = prose(", ".join(facts))
     return (
         f"Study `{report['study_name']}`, budget {report['budget']}, seeds "
         f"{', '.join(map(str, report['seeds']))}; {report['created']}, {where}."
@@ -378,8 +243,8 @@ def _index(sources: Sources) -> str:
             assert cls.card is not None
             names = [f"`{t.study.name}`" for t in trials_of(cls, sources.studies)]
             slug = f"[`{cls.type}`]({cls.type.replace('/', '-')}.md)"
-            cells = (slug, _text(cls.card.title), ", ".join(names))
-            lines.append("| " + " | ".join(map(_cell, cells)) + " |")
+            cells = (slug, prose(cls.card.title), ", ".join(names))
+            lines.append("| " + " | ".join(map(cell, cells)) + " |")
     return "\n".join(lines) + "\n"
 
 
