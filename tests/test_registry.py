@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
 import yaml
 
-from maquette import registry
+from maquette import parts, registry
 from maquette.conformance.world import OPTIONS
 from maquette.errors import BadInput
 from maquette.parts import find
@@ -117,3 +118,30 @@ def test_an_unknown_part_without_a_record_points_at_packages():
 def test_packages_that_are_no_names_are_refused(world):
     with pytest.raises(BadInput, match="must name the package"):
         parse_recipe({**recipe_of(world), "surgery": [], "packages": ["acme-lora"]})
+
+
+def test_a_recipe_of_data_parts_loads_their_files_and_no_library_of_training():
+    program = """
+import sys
+from maquette.recipe import parse_data
+filtered = {"type": "toxicity-filter", "terms": ["blast"], "threshold": 0}
+parse_data([filtered, {"type": "top-k", "column": "toxicity", "best": "lowest", "take": "40%"}])
+print(*sorted({"torch", "transformers"} & set(sys.modules)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == ""
+
+
+def test_every_method_stands_in_a_file_of_its_name():
+    for cls in parts.parts():
+        if cls.__module__.startswith("maquette.methods."):
+            assert cls.__module__.rpartition(".")[2] == cls.type.replace("-", "_")
+
+
+def test_the_kinds_of_a_slug_are_found_whatever_was_loaded_before(acme):
+    assert registry.kinds_of("top-k") == ("selector",)
+    assert registry.kinds_of("salt") == ("objective",)
+    assert registry.kinds_of("acme-lora-plus") == ("surgery",)
+    assert registry.kinds_of("nothing-of-that-name") == ()

@@ -16,7 +16,7 @@ from pydantic import Field, field_validator
 from maquette.declarations import Card, Head, Needs, Scale
 from maquette.flow import Batch, Clock, Ctx, Drawn, Examples, Loss, Run, Selection, State, Subject
 from maquette.part import Part
-from maquette.registry import find, load_all, parts, register
+from maquette.registry import find, kinds_of, load_all, parts, register
 from maquette.schedules import Horizon, Schedule
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 __all__ = [
     "KINDS", "Audit", "Batch", "Card", "Clock", "Ctx", "DataOp", "Decoder", "Drawn", "Examples",
     "Feed", "Head", "Loss", "Needs", "Objective", "Optim", "Part", "Run", "Scale", "Selection",
-    "Selector", "State", "Subject", "Surgery", "Workload", "find", "load_all", "parts", "register",
+    "Selector", "State", "Subject", "Surgery", "Workload", "find", "kinds_of", "load_all", "parts",
+    "register",
 ]  # fmt: skip
 
 

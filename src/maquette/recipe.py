@@ -69,11 +69,11 @@ def parse_data(
 
 def _parse_step(value: object, where: object, key: str) -> DataOp | Selector:
     slug = value.get("type") if isinstance(value, Mapping) else value
-    selectors = {cls.type for cls in parts.parts("selector")}
-    if isinstance(value, Selector) or (isinstance(slug, str) and slug in selectors):
+    kinds = parts.kinds_of(slug) if isinstance(slug, str) else ()
+    if isinstance(value, Selector) or "selector" in kinds:
         return parse_part(Selector, value, where=where, key=key)  # type: ignore[type-abstract]
-    known = {cls.type for cls in parts.parts("data_op")} | selectors
-    if isinstance(slug, str) and slug not in known:
+    if isinstance(slug, str) and "data_op" not in kinds:
+        known = {cls.type for kind in ("data_op", "selector") for cls in parts.parts(kind)}
         mend = did_you_mean(slug, known)
         raise BadInput(f"there is no data part `{slug}`", where=where, key=key, mend=mend)
     return parse_part(DataOp, value, where=where, key=key)  # type: ignore[type-abstract]

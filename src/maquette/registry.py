@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -44,13 +45,34 @@ def load_all() -> None:
     global _loaded
     if _loaded:
         return
-    for root in _BUILT_IN:
-        package = importlib.import_module(root)
-        for module in pkgutil.walk_packages(package.__path__, f"{root}."):
-            importlib.import_module(module.name)
+    for name in _built_in_modules():
+        importlib.import_module(name)
     for entry in entry_points(group="maquette.parts"):
         _load_entry(entry)
     _loaded = True
+
+
+@cache
+def _built_in_modules() -> tuple[str, ...]:
+    """Names of all modules with built-in parts; only the packages around them are imported."""
+    packages = ((root, importlib.import_module(root).__path__) for root in _BUILT_IN)
+    return tuple(
+        module.name
+        for root, path in packages
+        for module in pkgutil.walk_packages(path, f"{root}.")
+        if not module.ispkg
+    )
+
+
+def _load_namesakes(slug: str) -> None:
+    """Import the built-in modules called like this part: a method stands in a file of its name.
+
+    All of them take seconds and 160 MB, most of it for libraries that one recipe does not need.
+    """
+    ending = "." + slug.replace("-", "_").replace("/", ".")
+    for name in _built_in_modules():
+        if name.endswith(ending):
+            importlib.import_module(name)
 
 
 def _load_entry(entry: EntryPoint) -> None:
@@ -76,8 +98,9 @@ def parts(kind: str | None = None) -> Iterator[type[Part]]:
 
 def find(kind: str, slug: str, *, where: object = None, key: str | None = None) -> type[Part]:
     """The part class registered under this slug; BadInput names the nearest when there is none."""
-    load_all()
     known = _PARTS[kind]
+    if slug not in known and kind not in kinds_of(slug):
+        load_all()
     if slug not in known:
         raise BadInput(
             f"there is no {kind.replace('_', ' ')} `{slug}`",
@@ -86,6 +109,14 @@ def find(kind: str, slug: str, *, where: object = None, key: str | None = None) 
             mend=_near(slug, known),
         )
     return known[slug]
+
+
+def kinds_of(slug: str) -> tuple[str, ...]:
+    """The kinds in which there is a part of this slug, Maquette's own parts looked at first."""
+    _load_namesakes(slug)
+    if not any(slug in known for known in _PARTS.values()):
+        load_all()
+    return tuple(kind for kind, known in _PARTS.items() if slug in known)
 
 
 def _near(slug: str, known: Iterable[str]) -> str:
@@ -102,10 +133,13 @@ def packages_of(chosen: Iterable[Part]) -> dict[str, dict[str, str]]:
 
     Empty without any. It stands in the stored text of a run or study, never in its digest.
     """
-    load_all()
+    own = tuple(f"{root}." for root in _BUILT_IN)
+    foreign = [part for part in chosen if not type(part).__module__.startswith(own)]
+    if foreign:
+        load_all()
     found = {
         f"{part.kind} {type(part).type}": package
-        for part in chosen
+        for part in foreign
         if (package := _PACKAGES.get(type(part)))
     }
     return {"packages": found} if found else {}
@@ -124,7 +158,8 @@ def check_packages(data: Mapping[str, Any], where: object = None) -> None:
             key="packages",
             mend='packages: {"surgery acme-lora": acme==1.2}',
         )
-    load_all()
+    if packages:
+        load_all()
     rest = [value for key, value in data.items() if key != "packages"]
     for part, package in packages.items():
         kind, _, slug = str(part).partition(" ")

@@ -271,9 +271,6 @@ def _start_worker(threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
-    from maquette import parts
-
-    parts.load_all()
 
 
 def _work(job: Job, tell: Callable[[News], None]) -> Answer | None:

@@ -182,9 +182,6 @@ def _follow(
 
 def _run(job: Job, told: Any) -> Answer:
     """What a node does: one run, with news of it for whoever waits."""
-    from maquette import parts
-
-    parts.load_all()
     return run_job(job, lambda news: told.put((job.index, *news)))
 
 
