@@ -72,9 +72,9 @@ def test_the_hidden_term_leaves_nothing_to_tell_by_where_the_context_says_nothin
     assert 0.35 < np.mean(table["value"].to_pylist()) < 0.65
 
 
-def labelled_file(tmp_path, toxic="bad"):
+def labelled_file(tmp_path, other="klm"):
     rows = [
-        {"case": f"{'XYZ' if n % 2 else 'klm'} {n}", "gold": toxic if n % 2 else "fine"}
+        {"case": f"{'XYZ' if n % 2 else other} {n}", "gold": "bad" if n % 2 else "fine"}
         for n in range(60)
     ]
     path = tmp_path / "cases.jsonl"
@@ -122,6 +122,6 @@ def test_the_digest_follows_the_files_and_not_only_their_paths(tmp_path):
     ]
     before = [audit.digest_key() for audit in audits]
     words.write_text("other\n")
-    labelled_file(tmp_path, toxic="worse")
+    labelled_file(tmp_path, other="nop")
     assert all(a.digest_key() != key for a, key in zip(audits, before, strict=True))
     assert ToxicGeneration(terms=("hack",)).digest_key() == ""

@@ -6,6 +6,7 @@ and fine-tune on labelled sets. Here a list of terms judges, and the labelled te
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from maquette.data.corpus_spec import CorpusSpec
-from maquette.data.readers import fingerprint, read
+from maquette.data.readers import read
 from maquette.data.terms import TermRate, listed_terms
 from maquette.errors import BadInput
 from maquette.evaluation.probe_items import passages
@@ -37,6 +38,13 @@ def held_out_passages(data: Corpus, rate: TermRate) -> Iterator[Labelled]:
             for place, passage in passages(text):
                 if passage:
                     yield Labelled(f"{document}#{place}", passage, risky and rate(passage) > 0)
+
+
+def content_of_list(terms: Sequence[str], words_file: str | None) -> str:
+    """What a file of terms holds; "" for terms that stand in the recipe. BadInput as
+    `listed_terms`."""
+    listed = listed_terms(terms, words_file)
+    return json.dumps(listed) if words_file else ""
 
 
 def text_before_term(passage: str, pattern: re.Pattern[str]) -> str:
@@ -95,7 +103,7 @@ print(text_before_term("Well, you rotten scoundrel!", term_pattern(["rotten scou
         return self
 
     def digest_key(self) -> str:
-        return json.dumps(listed_terms((), self.words_file)) if self.words_file else ""
+        return content_of_list(self.terms, self.words_file)
 
     def prompts(self, data: Corpus, ctx: Ctx) -> list[Labelled]:
         """Held-out passages up to their first listed term."""
@@ -149,7 +157,7 @@ print(without_terms("Well, you rotten scoundrel!", term_pattern(["rotten scoundr
     """Labelled texts, as a corpus whose `domain_column` is the label (`{path: hatecheck.parquet,
     text_column: test_case, domain_column: label_gold}`)."""
     toxic: tuple[str, ...] = Field(default=(), examples=[["hateful"]])
-    """The labels of `labelled` that mean toxic; all others mean not."""
+    """The labels of `labelled` that mean toxic; all others, and none at all, mean not."""
     terms: tuple[str, ...] = ()
     """Instead of labelled texts: bad words or phrases."""
     words_file: str | None = None
@@ -169,8 +177,9 @@ print(without_terms("Well, you rotten scoundrel!", term_pattern(["rotten scoundr
 
     def digest_key(self) -> str:
         if self.labelled is not None:
-            return json.dumps(fingerprint(self.labelled), default=str)
-        return json.dumps(listed_terms((), self.words_file)) if self.words_file else ""
+            rows = [(row.text, row.risky) for row in labelled_texts(self.labelled, self.toxic)]
+            return hashlib.blake2b(json.dumps(rows).encode(), digest_size=16).hexdigest()
+        return content_of_list(self.terms, self.words_file)
 
     def items(self, data: Corpus, ctx: Ctx) -> list[Labelled]:
         if self.labelled is not None:

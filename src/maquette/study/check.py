@@ -14,6 +14,7 @@ import torch
 
 from maquette.plan import same_runs
 from maquette.recipe import Recipe, Stage
+from maquette.study.evaluating import files_read
 from maquette.study.execute import Options, begin, choose_precision_for
 from maquette.study.located import located
 from maquette.study.models import build
@@ -91,6 +92,7 @@ def total_seconds(plans: Iterable[Plan]) -> float:
 
 def _plan_recipe(recipe: Recipe, standing: StandIns, known: dict[str, StagePlan]) -> Plan:
     """known: the plans made so far, by what decides the cost; added to."""
+    files_read(recipe)
     runs = same_runs([stage.node() for stage in recipe.stages])
     planned, left_out = [], []
     for stage in recipe.stages:

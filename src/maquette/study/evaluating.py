@@ -30,6 +30,12 @@ log = logging.getLogger(__name__)
 HELD_OUT = "held_out"
 
 
+def files_read(recipe: Recipe) -> list[str]:
+    """What the files of its evaluations' own hold. BadInput for one that cannot be used, which is
+    better told before the stages are trained than after."""
+    return [key for audit in recipe.evaluate if (key := audit.digest_key())]
+
+
 def evaluated(
     recipe: Recipe,
     seed: int,
@@ -50,8 +56,7 @@ def evaluated(
     specs = [audit.spec() for audit in recipe.evaluate]
     read = {name: done[name].digest for audit in recipe.evaluate for name in audit.reads()}
     scored_on = [] if part == HELD_OUT else [part]
-    files = [key for audit in recipe.evaluate if (key := audit.digest_key())]
-    name = digest("run", last.digest, specs, read, *scored_on, *files)
+    name = digest("run", last.digest, specs, read, *scored_on, *files_read(recipe))
     packages = packages_of(recipe.parts)
     text = yaml.safe_dump({**recipe.spec(), "seed": seed, **packages}, sort_keys=False)
     team.lead(lambda: store.plan(name, arm=arm, seed=seed, recipe_yaml=text, study=study))

@@ -20,7 +20,7 @@ from maquette.registry import packages_of
 from maquette.study.claiming import Busy as Busy
 from maquette.study.claiming import claimed
 from maquette.study.damage import mending, told_again
-from maquette.study.evaluating import HELD_OUT, evaluated
+from maquette.study.evaluating import HELD_OUT, evaluated, files_read
 from maquette.study.machine import machine_facts
 from maquette.study.store import Store
 from maquette.tokenizer_identity import inherits_tokenizer
@@ -145,6 +145,7 @@ def execute(
     if options.threads:
         torch.set_num_threads(options.threads)
     check_ranks(recipe, options.team)
+    files_read(recipe)
 
     def work() -> str:
         done = _train_all(recipe, seed, store, options, arm, on_step)
