@@ -67,7 +67,7 @@ def _built_in_modules() -> tuple[str, ...]:
 def _load_namesakes(slug: str) -> None:
     """Import the built-in modules called like this part: a method stands in a file of its name.
 
-    All of them take seconds and over 100 MB, most of it for libraries that one recipe needs not.
+    All of them take seconds and over 100 MB, most of it for libraries one recipe does not need.
     """
     ending = "." + slug.replace("-", "_").replace("/", ".")
     for name in _built_in_modules():
