@@ -145,6 +145,27 @@ def test_a_measured_verdict_is_quoted_with_date_and_machine(tmp_path):
     assert "2026-01-02, Some CPU, 2 cores." in text
 
 
+def test_the_page_of_the_studied_method_quotes_what_the_study_says_against_it(tmp_path):
+    report = {
+        "study_name": "zett",
+        "budget": "0step",
+        "seeds": [0],
+        "created": "2026-01-02",
+        "machine": {},
+        "too_early": "Too early to compare.",
+        "arms": [{"name": "ofa", "verdict": {"sentence": "ofa helps."}}],
+        "summaries": [{"sentences": ["zett hurts against fvt-trained."]}],
+    }
+    (tmp_path / "zett.json").write_text(json.dumps(report))
+    sources = cards.Sources(tmp_path, {"zett": load_study("zett")})
+    own = cards.page(parts.find("surgery", "zett"), sources)
+    said = ["- Too early to compare.", "- ofa helps.", "- zett hurts against fvt-trained."]
+    assert "\n".join(said) in own
+    other = cards.page(parts.find("surgery", "ofa"), sources)
+    assert "- ofa helps." in other
+    assert "zett hurts" not in other
+
+
 def test_a_result_that_is_no_report_is_refused_by_name(tmp_path):
     (tmp_path / "memory-efficient.json").write_text("[1]")
     studies = {"memory-efficient": load_study("memory-efficient")}

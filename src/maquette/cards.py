@@ -162,13 +162,17 @@ def _measured(trials: list[Trial], results: Path) -> list[str]:
             continue
         report = _report(file)
         said = [
-            f"- {prose(arm['verdict']['sentence'])}"
+            arm["verdict"]["sentence"]
             for arm in report["arms"]
             if arm.get("verdict") and arm["name"] in trial.arms
         ]
-        if said:
+        if trial.own:  # what the study concludes from several arms is said of its own method
+            said = [report.get("too_early") or "", *said]
+            said += [text for table in report.get("summaries", []) for text in table["sentences"]]
+        bullets = _bullets(tuple(text for text in said if text))
+        if bullets:
             lines += [
-                *said,
+                *bullets,
                 "",
                 f"{_circumstances(report)} Full numbers: `results/{file.name}`.",
                 "",
