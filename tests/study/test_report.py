@@ -15,14 +15,10 @@ from maquette.errors import BadInput
 from maquette.figures import duration, quantity
 from maquette.study import plots
 from maquette.study.charging import charged
-from maquette.study.report import (
-    Report,
-    fence,
-    markdown_text,
-    render,
-    render_html,
-)
+from maquette.study.report import Report
+from maquette.study.report_page import render, render_html
 from maquette.study.statistics import Interval
+from maquette.study.templating import fence, markdown_text
 from maquette.study.verdict import decide
 
 HOSTILE = "<script>alert(1)</script>&\"'><img src=x onerror=alert(2)>"

@@ -21,7 +21,8 @@ from maquette.study.execute import Options, make_ctx, pick_device
 from maquette.study.located import located
 from maquette.study.pool import HERE, Place, Task, TaskDone, check_place, run_tasks
 from maquette.study.records import RunRecord
-from maquette.study.report import Report, render
+from maquette.study.report import Report
+from maquette.study.report_page import render
 from maquette.study.reporting import ArmRuns, build, early_to_compare
 from maquette.study.statistics import MIN_SEEDS, Paired, paired
 from maquette.study.store import Store

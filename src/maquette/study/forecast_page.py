@@ -11,7 +11,7 @@ from maquette.study import plots
 from maquette.study.forecast import Forecast
 from maquette.study.forecast_plots import law_plot
 from maquette.study.forecast_report import ForecastReport, shown
-from maquette.study.report import TEMPLATES, environment
+from maquette.study.templating import TEMPLATES, environment
 
 
 def render(report: ForecastReport, forecast: Forecast, folder: Path) -> dict[str, Path]:
