@@ -18,12 +18,10 @@ from maquette.evaluation.membership import (
     delong_std,
     evaluate,
     member_wins,
-    near_duplicates,
-    overlapping,
-    repeated,
-    token_logprobs,
     tpr_at_fpr,
 )
+from maquette.evaluation.overlap import near_duplicates, overlapping, repeated
+from maquette.evaluation.token_logprobs import token_logprobs
 
 WORDS = [f"word{i}" for i in range(60)]
 

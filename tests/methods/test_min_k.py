@@ -10,13 +10,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from maquette.data.tokenizers import TokenizerSpec, train
-from maquette.evaluation.membership import TokenLogprobs, as_labels, evaluate
+from maquette.evaluation.membership import as_labels, evaluate
 from maquette.evaluation.membership_texts import (
     apart,
     distinct,
     shared_elsewhere,
     window_of,
 )
+from maquette.evaluation.token_logprobs import TokenLogprobs
 from maquette.methods.audit.min_k import (
     MinK,
     as_table,

@@ -13,7 +13,7 @@ from maquette.data.documents import hash64, hash_ids
 from maquette.data.table import stored
 from maquette.data.tokenizers import Encoder
 from maquette.errors import BadInput
-from maquette.evaluation.membership import near_duplicates, overlapping, repeated
+from maquette.evaluation.overlap import near_duplicates, overlapping, repeated
 
 Items = list[tuple[str, str]]
 """(id, text) of each text."""

@@ -20,7 +20,7 @@ from maquette.data.cache import digest
 from maquette.data.tokenizers import end_of_document, load
 from maquette.errors import BadInput
 from maquette.evaluation.bits_per_byte import check_causal, model_length
-from maquette.evaluation.membership import token_logprobs
+from maquette.evaluation.token_logprobs import token_logprobs
 from maquette.flow import Ctx, Subject
 
 if TYPE_CHECKING:

@@ -24,12 +24,10 @@ from maquette.data.tokenizers import Encoder, load
 from maquette.errors import BadInput, did_you_mean
 from maquette.evaluation.membership import (
     Detection,
-    TokenLogprobs,
     as_labels,
     blind_control,
     evaluate,
     member_wins,
-    token_logprobs,
 )
 from maquette.evaluation.membership_texts import (
     Items,
@@ -43,6 +41,7 @@ from maquette.evaluation.membership_texts import (
     shared_elsewhere,
     without,
 )
+from maquette.evaluation.token_logprobs import TokenLogprobs, token_logprobs
 from maquette.parts import Audit, Card, Ctx, Needs, Subject, register
 from maquette.quantities import parse_bytes
 from maquette.training.pretrained import from_pretrained
