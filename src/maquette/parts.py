@@ -141,6 +141,10 @@ class Feed(Part):
         """
         return None
 
+    def mixes_sources(self) -> bool:
+        """Whether it mixes sources, so that a run depends on what is a source."""
+        return type(self).mixture is not Feed.mixture
+
     def summary(self, drawn: Drawn) -> dict[str, float]:
         """Numbers by name, in words, on what a run with a mixture drew; as `Objective.summary`."""
         return {}

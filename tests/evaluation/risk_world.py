@@ -62,8 +62,8 @@ def character_llama() -> LlamaForCausalLM:
 def held_out(texts: Sequence[str]) -> Any:
     """What an audit needs of a corpus with these held-out documents, `file-0` and so on."""
     batch = documents([f"file-{i}" for i in range(len(texts))], list(texts))
-    parts = {"held_out": (Path(f"corpus-of-{len(texts)}/held_out.parquet"), Path())}
-    return SimpleNamespace(documents=lambda split: [batch], parts=parts)
+    name = f"corpus-of-{len(texts)}/held_out"
+    return SimpleNamespace(documents=lambda split: [batch], name_of=lambda part: name)
 
 
 def context(cache: Path, seed: int = 0) -> Ctx:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -133,3 +134,25 @@ def test_documents_that_are_all_short_are_not_encoded_again(corpus, tmp_path):
     assert not list(tmp_path.iterdir())
     held_out_tokens(subject, corpus, ctx, CAP // 3)
     assert sum(place.is_dir() for place in tmp_path.iterdir()) == 1
+
+
+def test_another_part_in_the_place_of_the_held_out_one_leaves_it_its_own_tokens(tmp_path):
+    (tmp_path / "text").mkdir()
+    for i in range(40):
+        text = words(np.random.default_rng(i), 400)
+        (tmp_path / "text" / f"{i}.txt").write_text(f"{i} {text}", encoding="utf-8")
+    fractions = {"held_out_fraction": 0.3, "dev_fraction": 0.3}
+    corpus = prepare(
+        CorpusSpec(path=str(tmp_path / "text")),
+        TokenizerSpec(type="bytes"),
+        cache=tmp_path / "cache",
+        **fractions,
+    )
+    dev = replace(corpus, parts={**corpus.parts, "held_out": corpus.parts["dev"]})
+    subject = tiny_llama(corpus.tokenizer)
+    for part in (dev, corpus):  # the dev part first, as a tuning does it
+        packed = held_out_tokens(subject, part, context(tmp_path), 64)
+        for i, row in enumerate(packed.doc_row):
+            name, text = list(held_out_texts(part).items())[row]
+            assert packed.doc_bytes[i] == len(stretch(text, name, CAP).encode())
+            assert corpus.tokenizer.decode(packed.document(i)[:-1]) == stretch(text, name, CAP)

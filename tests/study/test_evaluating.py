@@ -1,5 +1,8 @@
 """Files that evaluations read: what the digest of a run follows, and when a bad one is told."""
 
+import json
+
+import numpy as np
 import pytest
 
 from maquette.conformance.world import OPTIONS
@@ -20,6 +23,64 @@ def recipe_with(world, audit):
             "evaluate": [audit],
         }
     )
+
+
+def labelled_recipe(tmp_path, labels, **over):
+    """A corpus of thirty documents, with `labels(i)` for the columns `year` and `part`."""
+    draw = np.random.default_rng(0)
+    texts = (" ".join(map(str, draw.integers(0, 10_000, 200))) for _ in range(30))
+    rows = [{"text": text} | labels(i) for i, text in enumerate(texts)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    corpus = {"path": "text.jsonl", "year_column": "year", "domain_column": "part"}
+    workload = {"type": "text/causal", "corpus": corpus, "length": 32, "vocabulary": 300}
+    recipe = {"workload": workload | {"held_out_fraction": 0.3}, "size": "nano", "budget": "1step"}
+    return parse_recipe(recipe | {"objective": "causal-lm"} | over)
+
+
+def test_years_that_were_edited_are_read_again_and_nothing_is_trained(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store, spans = Store(tmp_path / "home"), {"old": [2000, 2009], "new": [2010, 2020]}
+    audit = {"type": "year-bits-per-byte", "spans": spans}
+
+    def run(year):
+        labels = {"part": "a"}
+        recipe = labelled_recipe(tmp_path, lambda i: labels | {"year": year(i)}, evaluate=[audit])
+        done = execute(recipe, 0, store, OPTIONS)
+        items = store.items(done).to_pylist()
+        old = {row["item"] for row in items if row["metric"] == "bpb-old"}
+        return store.run(done).metrics["stages"], old
+
+    first = run(lambda i: 2001 + 18 * (i % 2))
+    second = run(lambda i: 2019 - 18 * (i % 2))
+    assert first[0] == second[0]
+    assert first[1]
+    assert second[1]
+    assert not first[1] & second[1]
+
+
+def test_a_mixture_of_domains_is_another_run_when_the_domains_are_others(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store = Store(tmp_path / "home")
+    groups = {"first": ["a"], "rest": ["*"]}
+    weights = {"base": {"rest": 1}, "upsampled": {"first": 1}, "fraction": 0.5}
+    feed = {"type": "domain-upsampling", "groups": groups, **weights}
+
+    def stages(part, **over):
+        recipe = labelled_recipe(tmp_path, lambda i: {"part": part(i), "year": 2001}, **over)
+        return store.run(execute(recipe, 0, store, OPTIONS)).metrics["stages"]
+
+    def renamed(i):
+        return "bc"[i % 2]
+
+    def plain(i):
+        return "ab"[i % 2]
+
+    assert stages(plain) == stages(renamed)  # nothing looks at the names
+    mixed = {"feed": feed, "budget": "2step"}
+    known = stages(plain, **mixed)
+    with pytest.raises(BadInput, match="first"):
+        stages(renamed, **mixed)
+    assert stages(plain, **mixed) == known
 
 
 def test_a_file_of_terms_that_has_changed_is_measured_with_again(world, tmp_path):

@@ -8,6 +8,7 @@ the evaluation parts never pass through them, so arms that differ in data stay c
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -92,6 +93,19 @@ class Corpus:
     def digest(self) -> str:
         """Digest of the tokens of all parts and of the tokenizer."""
         return self.card["digest"]
+
+    def name_of(self, part: str) -> str:
+        """A name of a part's documents, for what is made of them and cached."""
+        source = self.parts[part][0]
+        return f"{source.parent.name}/{source.stem}"
+
+    def labels_digest(self, part: str) -> str:
+        """Digest of the id, domain and year of a part's documents, which its tokens do not tell."""
+        found = hashlib.blake2b(digest_size=16)
+        for batch in stored(self.parts[part][0], ["id", "domain", "year"]):
+            for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                found.update(repr(row).encode())
+        return found.hexdigest()
 
     def documents(self, split: str = "train") -> Iterator[pa.RecordBatch]:
         """Batches of the kept documents of a part; row numbers are `PackedTokens.doc_row`."""

@@ -45,7 +45,7 @@ def held_out_functions(data: Corpus, cache: Path) -> list[Labelled]:
         pq.write_table(table, folder / "functions.parquet", compression="zstd")
         return {"functions": table.num_rows}
 
-    key = digest(str(data.parts["held_out"][0].parent.name), PATTERNS_VERSION)
+    key = digest(data.name_of("held_out"), PATTERNS_VERSION)
     folder = built_once(cache, f"functions-{key}", build)
     rows = pq.read_table(folder / "functions.parquet").to_pylist()
     return [Labelled(row["item"], row["source"], row["risky"]) for row in rows]

@@ -104,7 +104,8 @@ def held_out_tokens(
             batches = stretches(batches, n_bytes)
         return {"digest": pack(batches, subject.tokenizer, folder).digest}
 
-    key = digest(data.digest, own, *([] if whole else [n_bytes]))
+    facts = (data.held_out.digest, data.name_of("held_out"))
+    key = digest(*facts, own, *([] if whole else [n_bytes]))
     return PackedTokens.open(built_once(ctx.cache, f"tokens-{key}", build))
 
 

@@ -56,7 +56,8 @@ def evaluated(
     specs = [audit.spec() for audit in recipe.evaluate]
     read = {name: done[name].digest for audit in recipe.evaluate for name in audit.reads()}
     scored_on = [] if part == HELD_OUT else [part]
-    name = digest("run", last.digest, specs, read, *scored_on, *files_read(recipe))
+    labels = last.corpus.labels_digest(part)
+    name = digest("run", last.digest, specs, read, *scored_on, *files_read(recipe), labels)
     packages = packages_of(recipe.parts)
     text = yaml.safe_dump({**recipe.spec(), "seed": seed, **packages}, sort_keys=False)
     team.lead(lambda: store.plan(name, arm=arm, seed=seed, recipe_yaml=text, study=study))

@@ -15,7 +15,7 @@ import yaml
 from maquette import atomic
 from maquette.errors import BadInput, MaquetteError
 from maquette.flow import Ctx, FinishedStage
-from maquette.recipe import Recipe, Stage, stage_digest
+from maquette.recipe import Recipe, Stage, digest, stage_digest
 from maquette.registry import packages_of
 from maquette.study.claiming import Busy as Busy
 from maquette.study.claiming import claimed
@@ -220,7 +220,10 @@ def begin(
     )
     ctx = replace(ctx, corpus=corpus, tokenizer=corpus.tokenizer)
     started, read = [p.digest for p in init], {n: s.digest for n, s in ctx.stages.items()}
-    name = stage_digest(stage, corpus.digest, seed, started, read)
+    text = corpus.digest
+    if stage.feed.mixes_sources():  # what is a source is no matter of the tokens
+        text = digest(text, list(corpus.train.domain_tokens.items()))
+    name = stage_digest(stage, text, seed, started, read)
     return Begun(stage, name, ctx, corpus, parents, started, read, curation.ledger)
 
 

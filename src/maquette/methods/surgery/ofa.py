@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from maquette.data.corpus_spec import CorpusSpec
-from maquette.data.readers import read
+from maquette.data.other_text import texts_of
 from maquette.data.table import sample
 from maquette.data.token_strings import n_rows
 from maquette.data.word_vectors import WordVectors, ppmi_svd, read_vec
@@ -234,6 +234,4 @@ class OfaSurgery(VocabularySurgery):
         if ctx.corpus is not None:
             for batch in sample(ctx.corpus.parts["train"][0], parse_bytes(self.word_sample)):
                 yield from batch["text"].to_pylist()
-        for spec in self.word_corpora:
-            for batch in read(spec):
-                yield from batch["text"].to_pylist()
+        yield from texts_of(self.word_corpora, ctx.corpus)

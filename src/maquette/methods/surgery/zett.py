@@ -26,7 +26,7 @@ from safetensors.torch import load_model, save_model
 from maquette.config import Frozen
 from maquette.data.cache import built_once, digest, read_card
 from maquette.data.corpus_spec import CorpusSpec
-from maquette.data.readers import read
+from maquette.data.other_text import texts_of
 from maquette.data.surface_forms import surface_forms
 from maquette.data.table import sample
 from maquette.data.tokenizer_sampler import TokenizerSampler
@@ -291,27 +291,17 @@ class ZeroShotTransfer(Surgery):
 
     def _texts(self, ctx: Ctx) -> list[str]:
         """Documents to learn from; never one that is held out for evaluation."""
-        held_out: set[str] = set()
         if self.text:
             specs = [s.model_copy(update={"limit": s.limit or self.sample}) for s in self.text]
-            batches = [batch for spec in specs for batch in read(spec)]
-            if ctx.corpus is not None:
-                parts = ctx.corpus.documents("held_out")
-                held_out = {name for batch in parts for name in batch["id"].to_pylist()}
-        elif ctx.corpus is not None:
-            batches = list(sample(ctx.corpus.parts["train"][0], parse_bytes(self.sample)))
-        else:
+            return list(texts_of(specs, ctx.corpus))
+        if ctx.corpus is None:
             raise BadInput(
                 "there is no text to train the hypernetwork on",
                 key="surgery.zett.text",
                 mend="name a corpus: `text: [{path: manuals/}]`",
             )
-        return [
-            text
-            for batch in batches
-            for name, text in zip(batch["id"].to_pylist(), batch["text"].to_pylist(), strict=True)
-            if name not in held_out
-        ]
+        batches = sample(ctx.corpus.parts["train"][0], parse_bytes(self.sample))
+        return [text for batch in batches for text in batch["text"].to_pylist()]
 
 
 def _fingerprint(weights: torch.Tensor) -> str:
