@@ -25,6 +25,7 @@ from safetensors.torch import load_model, save_model
 
 from maquette.config import Frozen
 from maquette.data.cache import built_once, digest, read_card
+from maquette.data.content import content_of_corpora
 from maquette.data.corpus_spec import CorpusSpec
 from maquette.data.readers import read
 from maquette.data.surface_forms import surface_forms
@@ -220,6 +221,13 @@ class ZeroShotTransfer(Surgery):
     drop_padding: bool = False
     """Allow a source table with more rows than its tokenizer has ids, and leave them out."""
 
+    def digest_key(self) -> str:
+        return content_of_corpora(self._named())
+
+    def _named(self) -> list[CorpusSpec]:
+        """The corpora of `text`, none read further than the sample."""
+        return [s.model_copy(update={"limit": s.limit or self.sample}) for s in self.text]
+
     def fit(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ctx: Ctx) -> State:
         if ctx.tokenizer is None:
             raise BadInput(
@@ -293,8 +301,7 @@ class ZeroShotTransfer(Surgery):
         """Documents to learn from; never one that is held out for evaluation."""
         held_out: set[str] = set()
         if self.text:
-            specs = [s.model_copy(update={"limit": s.limit or self.sample}) for s in self.text]
-            batches = [batch for spec in specs for batch in read(spec)]
+            batches = [batch for spec in self._named() for batch in read(spec)]
             if ctx.corpus is not None:
                 parts = ctx.corpus.documents("held_out")
                 held_out = {name for batch in parts for name in batch["id"].to_pylist()}
