@@ -273,6 +273,17 @@ def test_what_reads_no_file_of_its_own_adds_nothing_to_the_digest(over):
     assert identity(**over) == digest("stage", spec, "corpus", 0, None, [], {})
 
 
+@pytest.mark.parametrize(("budget", "matters"), [("5usd", True), ("5min", False), ("9step", False)])
+def test_the_price_of_the_machine_matters_to_a_budget_in_dollars_alone(budget, matters):
+    stage = recipe(budget=budget).last
+    cheap, dear, unknown = (
+        stage_digest(stage, "c", 0, usd_per_hour=price) for price in (2, 20.0, None)
+    )
+    assert (cheap != dear) is matters
+    assert cheap == stage_digest(stage, "c", 0, usd_per_hour=2.0)
+    assert (cheap != unknown) is matters
+
+
 def test_seed_corpus_and_parent_change_the_digest():
     stage = recipe().last
     found = {

@@ -389,10 +389,13 @@ def stage_digest(
     seed: int,
     init: Sequence[str] = (),
     reads: Mapping[str, str] | None = None,
+    usd_per_hour: float | None = None,
 ) -> str:
     """Identity of a trained stage: its spec, its data's content, its seed and where it started.
 
     init: digests of the stages its model is made from. reads: {name: digest} of those it reads.
+    usd_per_hour: the price of the machine, which decides what a budget in dollars buys and of
+    other budgets nothing.
     Raises BadInput for a file of a part's own that cannot be read.
     """
     spec = {k: v for k, v in stage.spec().items() if k not in ("name", "init", "reseed")}
@@ -407,4 +410,6 @@ def stage_digest(
     read = (stage.workload, stage.objective, stage.optim, *stage.surgery)
     if any(keys := [part.digest_key() for part in read]):
         facts.append({"files": keys})
+    if stage.budget.unit == "usd" and usd_per_hour is not None:
+        facts.append({"usd_per_hour": float(usd_per_hour)})
     return digest("stage", *facts)
