@@ -233,6 +233,57 @@ def test_every_field_that_means_something_changes_the_digest(over):
     assert identity(**over) != identity()
 
 
+def named(what, path):
+    """Recipe keys that name a file or a folder."""
+    corpora = [{"path": str(path)}]
+    return {
+        "model": {"workload": BASE["workload"] | {"model": str(path)}},
+        "teacher": {"objective": {"type": "salt", "teacher": str(path)}},
+        "word vectors": {"surgery": [{"type": "ofa", "word_vectors": str(path / "a.txt")}]},
+        "text of words": {"surgery": [{"type": "ofa", "word_corpora": corpora}]},
+        "text": {"surgery": ["low-rank", {"type": "zett", "text": corpora}]},
+    }[what]
+
+
+@pytest.mark.parametrize("what", ["model", "teacher", "word vectors", "text of words", "text"])
+def test_a_file_that_a_part_reads_changes_the_digest_when_its_content_does(what, tmp_path):
+    (tmp_path / "a.txt").write_text("one 1.0")
+    over = named(what, tmp_path)
+    first = identity(**over)
+    (tmp_path / "a.txt").touch()
+    assert identity(**over) == first
+    (tmp_path / "a.txt").write_text("one 2.0")
+    assert identity(**over) != first
+
+
+@pytest.mark.parametrize(
+    "over",
+    [
+        {},
+        {"workload": BASE["workload"] | {"model": "openai-community/gpt2"}},
+        {"objective": {"type": "salt", "teacher": "openai-community/gpt2"}},
+        {"surgery": [{"type": "zett", "text": [{"path": "python:code"}]}]},
+        {"surgery": [{"type": "ofa", "init": "fvt", "word_vectors": "not-read.vec"}]},
+    ],
+    ids=str,
+)
+def test_what_reads_no_file_of_its_own_adds_nothing_to_the_digest(over):
+    stage = recipe(**over).last
+    spec = {k: v for k, v in stage.spec().items() if k not in ("name", "init", "reseed")}
+    assert identity(**over) == digest("stage", spec, "corpus", 0, None, [], {})
+
+
+@pytest.mark.parametrize(("budget", "matters"), [("5usd", True), ("5min", False), ("9step", False)])
+def test_the_price_of_the_machine_matters_to_a_budget_in_dollars_alone(budget, matters):
+    stage = recipe(budget=budget).last
+    cheap, dear, unknown = (
+        stage_digest(stage, "c", 0, usd_per_hour=price) for price in (2, 20.0, None)
+    )
+    assert (cheap != dear) is matters
+    assert cheap == stage_digest(stage, "c", 0, usd_per_hour=2.0)
+    assert (cheap != unknown) is matters
+
+
 def test_seed_corpus_and_parent_change_the_digest():
     stage = recipe().last
     found = {

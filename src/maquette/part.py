@@ -25,6 +25,16 @@ class Part(Frozen):
         """
         return {}
 
+    def digest_key(self) -> str:
+        """Text that changes when what it reads besides the run's own corpus and stages does, as the
+        content of a file that an option names; "" if it reads nothing else.
+
+        It enters the digest of the stage, or of the evaluated run, so a file that has changed is
+        never answered with what was made of the one before.
+        Raises BadInput for a file that cannot be read.
+        """
+        return ""
+
     def same_tokenizer(self) -> Collection[str]:
         """Those of `reads` whose models must have the tokenizer of the stage this part works in,
         and take its rows whole. A recipe in which they certainly do not is refused.

@@ -129,10 +129,6 @@ class Feed(Part):
 
     kind: ClassVar[str] = "feed"
 
-    def digest_key(self) -> str:
-        """Text that changes when what it reads besides the run's own corpus does; "" for none."""
-        return ""
-
     def mixture(self, clock: Clock, sources: Mapping[str, int]) -> Mapping[str, float] | None:
         """Fraction of the next step's tokens by source; None means: as the corpus has them.
 
@@ -371,10 +367,6 @@ class Audit(Part):
     needs_members: ClassVar[bool] = False
     """True when the training part must be what the model was trained on, and the held-out part not:
     a split made afterwards would be taken for membership."""
-
-    def digest_key(self) -> str:
-        """Text that changes when the content of a file of its own does; "" if it reads none."""
-        return ""
 
     def metric_directions(self) -> Mapping[str, Literal["higher", "lower"]]:
         return self.metrics

@@ -389,15 +389,27 @@ def stage_digest(
     seed: int,
     init: Sequence[str] = (),
     reads: Mapping[str, str] | None = None,
+    usd_per_hour: float | None = None,
 ) -> str:
     """Identity of a trained stage: its spec, its data's content, its seed and where it started.
 
     init: digests of the stages its model is made from. reads: {name: digest} of those it reads.
+    usd_per_hour: the price of the machine, which decides what a budget in dollars buys and of
+    other budgets nothing.
+    Raises BadInput for a file of a part's own that cannot be read.
     """
     spec = {k: v for k, v in stage.spec().items() if k not in ("name", "init", "reseed")}
     kind = stage.init.kind if stage.init else None
     facts = [spec, corpus, stage.seed(seed), kind, list(init), dict(reads or {})]
-    read_by_feed = [key] if (key := stage.feed.digest_key()) else []
-    # Once reckoned with the first batch alone: runs of that time are others.
-    vary = type(stage.objective).tokens_vary and stage.budget.unit == "tok"
-    return digest("stage", *facts, *read_by_feed, *(["mean tokens"] if vary else []))
+    # Each of these only where it says something, so that other stages keep their digests.
+    if key := stage.feed.digest_key():
+        facts.append(key)
+    if type(stage.objective).tokens_vary and stage.budget.unit == "tok":
+        # Once reckoned with the first batch alone: runs of that time are others.
+        facts.append("mean tokens")
+    read = (stage.workload, stage.objective, stage.optim, *stage.surgery)
+    if any(keys := [part.digest_key() for part in read]):
+        facts.append({"files": keys})
+    if stage.budget.unit == "usd" and usd_per_hour is not None:
+        facts.append({"usd_per_hour": float(usd_per_hour)})
+    return digest("stage", *facts)

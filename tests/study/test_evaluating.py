@@ -1,25 +1,29 @@
 """Files that evaluations read: what the digest of a run follows, and when a bad one is told."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from maquette.conformance.world import OPTIONS
 from maquette.errors import BadInput
 from maquette.recipe import parse_recipe
 from maquette.study.check import plan
+from maquette.study.evaluating import files_read
 from maquette.study.execute import execute
 from maquette.study.store import Store
 
 
-def recipe_with(world, audit):
+def recipe_with(world, audit, budget="1step", **workload):
     return parse_recipe(
         {
-            "workload": world.workload("text/causal"),
+            "workload": world.workload("text/causal", **workload),
             "size": "nano",
             "objective": "causal-lm",
-            "budget": "1step",
+            "budget": budget,
             "evaluate": [audit],
         }
     )
@@ -97,6 +101,40 @@ def test_a_file_of_terms_that_has_changed_is_measured_with_again(world, tmp_path
     assert second != first
     stages = [store.run(digest).metrics["stages"] for digest in (first, second)]
     assert stages[0] == stages[1]
+
+
+def test_a_model_whose_folder_has_changed_is_scored_again(world, tmp_path):
+    trained = world.train(recipe_with(world, "bits-per-byte").spec())
+    model = tmp_path / "model"
+    shutil.copytree(trained.folder / "model", model)
+    recipe = recipe_with(world, "bits-per-byte", model=str(model), budget="0step")
+    store = Store(tmp_path / "home")
+    first = execute(recipe, 0, store, OPTIONS)
+    assert execute(recipe, 0, store, OPTIONS) == first
+    weights = load_file(model / "model.safetensors")
+    noise = {name: torch.randn_like(w) for name, w in weights.items()}
+    save_file(noise, model / "model.safetensors", metadata={"format": "pt"})
+    second = execute(recipe, 0, store, OPTIONS)
+    bits = [store.run(digest).metrics["bits-per-byte"] for digest in (first, second)]
+    assert bits[1] > bits[0]
+
+
+@pytest.mark.parametrize(
+    "audit",
+    [{"type": "loss-terciles", "reference": "./model"}, {"type": "min-k", "reference": "./model"}],
+    ids=str,
+)
+def test_a_reference_model_that_has_changed_makes_another_evaluation(
+    world, tmp_path, monkeypatch, audit
+):
+    monkeypatch.chdir(tmp_path)
+    recipe = recipe_with(world, audit)
+    assert files_read(recipe) == []  # may be a name of the hub
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"a")
+    first = files_read(recipe)
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"b")
+    assert files_read(recipe) != first
 
 
 @pytest.mark.parametrize(

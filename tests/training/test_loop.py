@@ -90,6 +90,19 @@ def test_a_budget_below_one_step_is_refused_before_anything_is_trained(world, ho
         execute(parse_recipe(recipe(world, budget="10tok")), 0, Store(home), OPTIONS)
 
 
+def test_dollars_at_another_price_are_another_run(world, home, monkeypatch):
+    monkeypatch.setattr("maquette.training.cost._median_seconds", lambda step: 1.0)
+    store, found = Store(home), parse_recipe(recipe(world, budget="0.01usd"))
+    steps = {}
+    for price in (9, 18, 9.0):
+        options = replace(OPTIONS, settings=replace(OPTIONS.settings, usd_per_hour=price))
+        [stage] = store.run(execute(found, 0, store, options)).metrics["stages"]
+        steps[stage] = store.run(stage).metrics["steps"]
+    assert list(steps.values()) == [4, 2]
+    first = (store.run_dir(next(iter(steps))) / "recipe.yaml").read_text()
+    assert "usd_per_hour: 9\n" in first
+
+
 def test_training_lowers_the_loss_from_ln_v(world):
     found = losses(world.train(recipe(world, budget="40step")))
     assert found[0] == pytest.approx(6.24, abs=0.3)  # ln 512

@@ -98,15 +98,25 @@ def _subset(spec: CorpusSpec, report: ReadReport) -> Iterator[Raw]:
                 return
             yield raw
         return
-    files = list_files(spec, report)
-    root = Path(spec.path).expanduser()
-    plain = root.is_dir() and not _is_saved_dataset(root)
-    if limit is not None and plain and all(_is_plain_document(f.path) for f in files):
-        chosen = limits.within_limit([f.name for f in files], [f.size for f in files], limit)
-        files = [f for f, kept in zip(files, chosen, strict=True) if kept]
-        limit = None
+    files, limit = files_taken(spec, report)
     source = partial(_all, spec, files)
     yield from source(report) if limit is None else limits.limited(source, limit, report)
+
+
+def files_taken(spec: CorpusSpec, report: ReadReport) -> tuple[list[File], int | None]:
+    """The files of a local corpus that are read, and the bytes that its documents are limited to.
+
+    Of a folder of plain documents `limit` chooses files, and limits nothing further.
+    Raises BadInput as `list_files` does.
+    """
+    files = list_files(spec, report)
+    limit = None if spec.limit is None else parse_bytes(spec.limit)
+    root = Path(spec.path).expanduser()
+    plain = root.is_dir() and not _is_saved_dataset(root)
+    if limit is None or not plain or not all(_is_plain_document(f.path) for f in files):
+        return files, limit
+    chosen = limits.within_limit([f.name for f in files], [f.size for f in files], limit)
+    return [f for f, kept in zip(files, chosen, strict=True) if kept], None
 
 
 def list_files(spec: CorpusSpec, report: ReadReport) -> list[File]:

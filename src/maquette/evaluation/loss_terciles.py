@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
+from maquette.data.content import content_of_folder
 from maquette.data.corpus import Corpus
 from maquette.data.packing import PackedTokens
 from maquette.evaluation.bits_per_byte import (
@@ -141,6 +142,9 @@ print(by_tercile(bits, reference, np.array([0, 0, 0, 1, 1, 1]), ["a", "b"]).to_p
 
     def reads(self) -> dict[str, str]:
         return reads_of(self.reference, "evaluation")
+
+    def digest_key(self) -> str:
+        return "" if self.reads() else content_of_folder(self.reference)
 
     def same_tokenizer(self) -> Collection[str]:
         return self.reads()

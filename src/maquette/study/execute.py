@@ -223,7 +223,8 @@ def begin(
     text = corpus.digest
     if stage.feed.mixes_sources():  # what is a source is no matter of the tokens
         text = digest(text, list(corpus.train.domain_tokens.items()))
-    name = stage_digest(stage, text, seed, started, read)
+    price = team.lead(lambda: options.settings.usd_per_hour)  # the lead's horizon is everyone's
+    name = stage_digest(stage, text, seed, started, read, price)
     return Begun(stage, name, ctx, corpus, parents, started, read, curation.ledger)
 
 
@@ -244,7 +245,9 @@ def train_stage(
     stage, ctx, corpus, parents = begun.stage, begun.ctx, begun.corpus, begun.parents
     name = begun.digest
     folder = store.run_dir(name)
-    known = {"seed": seed, "parents": begun.started, "read": begun.read}
+    known: dict[str, Any] = {"seed": seed, "parents": begun.started, "read": begun.read}
+    if stage.budget.unit == "usd":
+        known["usd_per_hour"] = options.settings.usd_per_hour
     text = yaml.safe_dump({**stage.spec(), **known, **packages_of(stage.parts)}, sort_keys=False)
     arm = f"{arm}/{stage.name}" if arm else stage.name
     team.lead(lambda: store.plan(name, arm=arm, seed=seed, recipe_yaml=text))

@@ -49,7 +49,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Settings:
-    """How to run, as opposed to what: nothing here changes what a run means.
+    """How to run, as opposed to what: nothing here changes what a run means, but the price that of
+    a budget in dollars.
 
     checkpoint_seconds: pause between checkpoints; 0 writes one after every step.
     compile: `auto`, `on` or `off`; compiled and eager graphs round differently.

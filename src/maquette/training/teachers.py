@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from maquette.data import tokenizers
+from maquette.data.content import content_of_folder
 from maquette.errors import BadInput
 from maquette.training.attention import use_fast_attention
 from maquette.training.fused_distillation import Mixture, linear_mixture_loss, mixture_loss
@@ -36,15 +35,7 @@ def reads_of(model: str | None, cause: str) -> dict[str, str]:
 
 def content_of(model: str) -> str:
     """Text that changes when a folder's files do; a stage's or hub's model is known by its name."""
-    folder = Path(model)
-    if names_a_stage(model) or not folder.is_dir():
-        return model
-    whole = hashlib.blake2b(digest_size=16)
-    for file in sorted(f for f in folder.iterdir() if f.is_file()):
-        with file.open("rb") as stream:
-            content = hashlib.file_digest(stream, "sha256").hexdigest()
-        whole.update(f"{file.name} {content} ".encode())
-    return whole.hexdigest()
+    return model if names_a_stage(model) else content_of_folder(model) or model
 
 
 def load_frozen(model: str, ctx: Ctx, key: str) -> tuple[PreTrainedModel, Any]:

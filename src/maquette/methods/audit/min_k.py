@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field, field_validator
 
+from maquette.data.content import content_of_folder
 from maquette.data.table import sample
 from maquette.data.tokenizers import Encoder, load
 from maquette.errors import BadInput, did_you_mean
@@ -340,6 +341,9 @@ class MinK(Audit):
         if not value or not set(value) <= set(PERCENTS):
             raise ValueError(f"percents must be among {PERCENTS}, got {value}")
         return value
+
+    def digest_key(self) -> str:
+        return content_of_folder(self.reference) if self.reference else ""
 
     def metric_directions(self) -> Mapping[str, Literal["higher", "lower"]]:
         names = [f"min-{p}{kind}" for p in self.percents for kind in ("", "-plus", "-seen")]

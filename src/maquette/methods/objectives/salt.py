@@ -20,6 +20,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
+from maquette.data.content import content_of_folder
 from maquette.data.special import count_bytes
 from maquette.errors import BadInput
 from maquette.parts import Batch, Card, Clock, Ctx, Examples, Loss, Needs, Objective, register
@@ -259,6 +260,10 @@ for step in range(n):
 
     def reads(self) -> Mapping[str, str]:
         return reads_of(self.teacher, "helper") if self._distils else {}
+
+    def digest_key(self) -> str:
+        folder = self.teacher if self._distils and not self.reads() else None
+        return content_of_folder(folder) if folder else ""
 
     def same_tokenizer(self) -> Collection[str]:
         return self.reads()

@@ -22,6 +22,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from maquette.data.content import content_of_corpora, content_of_file
 from maquette.data.corpus_spec import CorpusSpec
 from maquette.data.other_text import texts_of
 from maquette.data.table import sample
@@ -191,6 +192,13 @@ class OfaSurgery(VocabularySurgery):
     """Words on each side that count as context for `ppmi`."""
     word_min_count: int = Field(5, ge=1)
     """Words that occur less often get no vector."""
+
+    def digest_key(self) -> str:
+        if self.init != "ofa":
+            return ""
+        if self.word_vectors != "ppmi":
+            return content_of_file(self.word_vectors)
+        return content_of_corpora(self.word_corpora)
 
     def factor_size(self) -> int | None:
         return self.dim

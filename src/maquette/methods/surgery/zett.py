@@ -25,6 +25,7 @@ from safetensors.torch import load_model, save_model
 
 from maquette.config import Frozen
 from maquette.data.cache import built_once, digest, read_card
+from maquette.data.content import content_of_corpora
 from maquette.data.corpus_spec import CorpusSpec
 from maquette.data.other_text import texts_of
 from maquette.data.surface_forms import surface_forms
@@ -220,6 +221,13 @@ class ZeroShotTransfer(Surgery):
     drop_padding: bool = False
     """Allow a source table with more rows than its tokenizer has ids, and leave them out."""
 
+    def digest_key(self) -> str:
+        return content_of_corpora(self._named())
+
+    def _named(self) -> list[CorpusSpec]:
+        """The corpora of `text`, none read further than the sample."""
+        return [s.model_copy(update={"limit": s.limit or self.sample}) for s in self.text]
+
     def fit(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ctx: Ctx) -> State:
         if ctx.tokenizer is None:
             raise BadInput(
@@ -292,8 +300,7 @@ class ZeroShotTransfer(Surgery):
     def _texts(self, ctx: Ctx) -> list[str]:
         """Documents to learn from; never one that is held out for evaluation."""
         if self.text:
-            specs = [s.model_copy(update={"limit": s.limit or self.sample}) for s in self.text]
-            return list(texts_of(specs, ctx.corpus))
+            return list(texts_of(self._named(), ctx.corpus))
         if ctx.corpus is None:
             raise BadInput(
                 "there is no text to train the hypernetwork on",

@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from maquette.data.content import content_of_folder
 from maquette.data.corpus import Corpus, prepare
 from maquette.data.corpus_spec import CorpusSpec
 from maquette.data.order import stream_seed
@@ -88,6 +89,10 @@ class TextWorkload(Workload):
     @abstractmethod
     def config(self, size: Size, corpus: Corpus) -> PretrainedConfig:
         """The Hugging Face configuration of this kind of model at this size."""
+
+    def digest_key(self) -> str:
+        # The tokenizer's content is in the corpus's digest.
+        return content_of_folder(self.model) if self.model else ""
 
     def build_model(self, head: Head, corpus: Corpus, ctx: Ctx) -> PreTrainedModel:
         """A model with this head, in fp32, on the CPU.
