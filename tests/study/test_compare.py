@@ -92,6 +92,18 @@ def test_a_metric_whose_items_do_not_pair_costs_no_other_its_verdict(world, monk
         compare(study, store, OPTIONS)
 
 
+@pytest.mark.parametrize(("given", "words"), [(99, {"helps"}), ("9900%", {"no difference"})])
+def test_a_size_of_the_smallest_effect_holds_for_the_metric_it_was_given_for(world, given, words):
+    domains = {"type": "domain-bits-per-byte", "groups": {"books": ["library"], "rest": ["*"]}}
+    whole = {"type": "bits-per-byte", "max_tokens": 4000}
+    metric = {"name": "bits-per-byte", "smallest_effect": given}
+    study = parse_study(data(world, metric=metric, evaluate=[whole, domains]), name="rates")
+    result = compare(study, world.store("compare"), OPTIONS)
+    assert result.verdicts["fast"].word == "no difference"
+    [fast] = [arm for arm in result.report.arms if arm.name == "fast"]
+    assert {other.verdict.word for other in fast.secondary} == words
+
+
 def tuned_data(world, **over):
     workload = world.workload("text/causal", dev_fraction=0.2)
     tune = {"trials": 3, "over": {"optim.learning_rate": 10}}

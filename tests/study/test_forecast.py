@@ -13,12 +13,13 @@ from maquette.conformance.world import OPTIONS
 from maquette.errors import BadInput, RunFailed
 from maquette.evaluation.scaling import Law
 from maquette.quantities import SIZES, Size
-from maquette.study import execute
+from maquette.study import execute, forecast_ladder
 from maquette.study import forecast_report as reporting
 from maquette.study.forecast import Points, fit_points, forecast_points
 from maquette.study.forecast_ladder import Run, forecast_runs, forecast_study
 from maquette.study.forecast_page import render
 from maquette.study.ladder import parse_ladder
+from maquette.study.store import Store
 from maquette.study.study import parse_study
 
 LAWS = {"plain": Law(1.0, (30.0,), (0.3,)), "better": Law(0.9, (30.0,), (0.3,))}
@@ -332,3 +333,20 @@ def test_a_metric_that_no_arm_gives_is_refused_before_anything_runs(world, tiny_
     with pytest.raises(BadInput, match="gives the metric `accuracy`"):
         forecast_study(asked, ladder, store, OPTIONS, metric="accuracy")
     assert store.list_runs() == []
+
+
+@pytest.mark.parametrize(("given", "carried"), [(0.05, 0.0), ("2%", "2%")])
+def test_another_metric_takes_a_share_along_and_no_size(tmp_path, monkeypatch, given, carried):
+    seen = []
+
+    def enough(study, ladder):
+        seen.append(study.metric)
+        raise RunFailed("nothing is run here")
+
+    monkeypatch.setattr(forecast_ladder, "forecast_digest", enough)
+    evaluate = ["bits-per-byte", {"type": "dereference"}]
+    asked = study({"name": "next-identifier-match", "smallest_effect": given}, evaluate=evaluate)
+    with pytest.raises(RunFailed):
+        forecast_study(asked, parse_ladder({}), Store(tmp_path), metric="bits-per-byte")
+    [metric] = seen
+    assert (metric.name, metric.smallest_effect) == ("bits-per-byte", carried)

@@ -96,6 +96,20 @@ def test_the_sentence_carries_the_numbers(low: float, high: float, parts: tuple[
     assert verdict.sentence.count("\n") == 0
 
 
+def test_an_undecided_sentence_names_no_smallest_effect_where_there_is_none() -> None:
+    verdict = decide(
+        interval(-0.04, 0.02),
+        metric="accuracy",
+        direction="higher",
+        smallest_effect=0.0,
+        baseline_mean=0.5,
+        n_seeds=5,
+        n_items=200,
+    )
+    assert "±" not in verdict.sentence
+    assert verdict.sentence.endswith("which does not tell it from no effect.")
+
+
 @pytest.mark.parametrize(
     ("arms", "direction", "early"),
     [

@@ -260,7 +260,7 @@ def _judge(
     return judge(
         pairs,
         direction=study.direction(metric),
-        smallest_effect=study.metric.smallest_effect,
+        smallest_effect=study.smallest_effect(metric),
         rng=np.random.default_rng(0),
         baseline=study.baseline,
     )

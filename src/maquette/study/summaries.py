@@ -67,7 +67,7 @@ class Contrasts(Summary):
                     for arm, against in self.pairs
                 ],
                 direction=study.direction(metric),
-                smallest_effect=study.metric.smallest_effect,
+                smallest_effect=study.smallest_effect(metric),
                 rng=np.random.default_rng(0),
             )
             for (arm, against), v in zip(self.pairs, verdicts, strict=True):
@@ -111,7 +111,7 @@ class WithinArm(Summary):
         verdicts = judge_pairs(
             pairs,
             direction=study.direction(self.metric),
-            smallest_effect=study.metric.smallest_effect,
+            smallest_effect=study.smallest_effect(self.metric, self.against),
             rng=np.random.default_rng(0),
         )
         rows: list[list[Cell]] = [

@@ -62,10 +62,9 @@ def resolve_smallest_effect(given: float | str, baseline: float) -> float:
     given: an absolute size (`0.01`) or a share of the baseline's mean (`1%`), >= 0.
     Raises ValueError for anything else, and for a share of a baseline that is 0.
     """
-    text = str(given).strip()
-    relative = text.endswith("%")
+    relative = is_share(given)
     try:
-        size = float(text.removesuffix("%"))
+        size = float(str(given).strip().removesuffix("%"))
     except ValueError:
         size = math.nan
     if not (math.isfinite(size) and size >= 0):
@@ -77,6 +76,11 @@ def resolve_smallest_effect(given: float | str, baseline: float) -> float:
     if baseline == 0:
         raise ValueError(f"smallest_effect is `{given}` of a baseline that is 0: give a size")
     return abs(baseline) * size / 100
+
+
+def is_share(smallest_effect: float | str) -> bool:
+    """Whether a smallest effect is a share of the baseline's mean, such as `1%`."""
+    return str(smallest_effect).strip().endswith("%")
 
 
 def word_of(interval: Interval, direction: Direction, smallest_effect: float) -> Word:
@@ -117,6 +121,8 @@ def _sentence(
             f"{arm} makes no difference: {change} {within}, and the whole interval lies within "
             f"±{number(smallest)}, the smallest effect of interest."
         )
+    if smallest == 0:
+        return f"{arm} is undecided: {change} {within}, which does not tell it from no effect."
     return (
         f"{arm} is undecided: {change} {within}, which leaves both no effect and one beyond "
         f"±{number(smallest)} possible."
