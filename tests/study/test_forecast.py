@@ -11,6 +11,7 @@ import pytest
 from maquette import quantities
 from maquette.conformance.world import OPTIONS
 from maquette.errors import BadInput, RunFailed
+from maquette.evaluation.law_bootstrap import bootstrap
 from maquette.evaluation.scaling import Law
 from maquette.quantities import SIZES, Size
 from maquette.study import execute, forecast_ladder
@@ -102,6 +103,21 @@ def test_pairing_makes_the_difference_surer_than_two_arms_apart():
     at = {("params",): (SIZES["125m"].weights,)}
     [unpaired] = forecast_points(apart, at, baseline="plain").gaps
     assert gap.effect.high - gap.effect.low < 0.6 * (unpaired.effect.high - unpaired.effect.low)
+
+
+def test_a_size_that_misses_one_arms_law_leaves_the_difference_paired():
+    ladder = parse_ladder({})
+    runs = [
+        replace(r, value=r.value * (1.05 if (r.arm, r.size) == ("better", "1m") else 1.0))
+        for r in recorded(ladder, noise=0.005, seeds=4)
+    ]
+    found = forecast_runs(study(), ladder, runs)
+    plain, better = (found.outcomes[arm][0] for arm in ("plain", "better"))
+    assert (plain.spread.unit, better.spread.unit) == ("runs", "points")
+    sizes = bootstrap(plain.spread.fit, rng=np.random.default_rng(0), unit="points")
+    wanted = better.spread.draws_at(*better.at) - sizes.draws_at(*plain.at)
+    [gap] = found.gaps
+    assert (gap.effect.low, gap.effect.high) == pytest.approx(np.quantile(wanted, [0.05, 0.95]))
 
 
 def test_several_budgets_give_the_law_of_both_and_it_predicts():

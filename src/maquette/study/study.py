@@ -33,8 +33,8 @@ _LOSS_NAMES = frozenset({"loss", "train_loss", "training_loss", "held_out_loss"}
 
 
 class Metric(Frozen):
-    """The primary metric and the smallest effect of interest: a size in its unit, or a share like `1%`
-    of it and of any other metric."""
+    """The primary metric and the smallest effect of interest: a size in its unit, or a share like
+    `1%`, which is one of any other metric too."""
 
     name: str
     smallest_effect: float | str = Field("1%")
