@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import yaml
 
 from maquette.errors import RunFailed
@@ -261,7 +260,6 @@ def _judge(
         pairs,
         direction=study.direction(metric),
         smallest_effect=study.smallest_effect(metric),
-        rng=np.random.default_rng(0),
         baseline=study.baseline,
     )
 

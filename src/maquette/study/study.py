@@ -16,7 +16,7 @@ from maquette.parts import Audit
 from maquette.quantities import Budget
 from maquette.recipe import RECIPE_KEYS, Recipe, digest, parse_recipe
 from maquette.study.ladder import Ladder, check_arms, parse_ladder
-from maquette.study.statistics import MIN_SEEDS, RULE
+from maquette.study.statistics import MIN_SEEDS, rule_of
 from maquette.study.summaries import check_names, parse_summaries
 from maquette.study.summary import Summary
 from maquette.study.tuning import DEV, Tuning, value_at
@@ -98,7 +98,7 @@ class Study:
         if self.registered:
             return self.registered
         spec = {k: v for k, v in self.spec().items() if k != "question"}
-        return digest("study", {**spec, "rule": RULE})
+        return digest("study", {**spec, "rule": rule_of(len(self.seeds))})
 
     def audit_of(self, metric: str, arm: str) -> Audit:
         """The audit of an arm that gives this metric; BadInput when none does."""

@@ -68,7 +68,6 @@ class Contrasts(Summary):
                 ],
                 direction=study.direction(metric),
                 smallest_effect=study.smallest_effect(metric),
-                rng=np.random.default_rng(0),
             )
             for (arm, against), v in zip(self.pairs, verdicts, strict=True):
                 rows.append([metric, arm, against, v.word, v.effect, v.low, v.high, v.p])
@@ -112,7 +111,6 @@ class WithinArm(Summary):
             pairs,
             direction=study.direction(self.metric),
             smallest_effect=study.smallest_effect(self.metric, self.against),
-            rng=np.random.default_rng(0),
         )
         rows: list[list[Cell]] = [
             [arm, self.metric, self.against, v.word, v.effect, v.low, v.high, v.p]

@@ -11,7 +11,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from maquette.figures import number, places_for, signed
@@ -172,18 +171,15 @@ def judge(
     *,
     direction: Direction,
     smallest_effect: float | str,
-    rng: np.random.Generator,
     level: float = 0.95,
     baseline: str = "the baseline",
 ) -> dict[str, Verdict]:
     """Verdicts of several arms against one baseline, at Holm's levels.
 
-    arms: name -> paired differences, all of one metric. rng: feeds the bootstrap from 10 seeds up.
+    arms: name -> paired differences, all of one metric.
     """
     pairs = [(name, baseline, pair) for name, pair in arms.items()]
-    found = judge_pairs(
-        pairs, direction=direction, smallest_effect=smallest_effect, rng=rng, level=level
-    )
+    found = judge_pairs(pairs, direction=direction, smallest_effect=smallest_effect, level=level)
     return dict(zip(arms, found, strict=True))
 
 
@@ -192,28 +188,21 @@ def judge_pairs(
     *,
     direction: Direction,
     smallest_effect: float | str,
-    rng: np.random.Generator,
     level: float = 0.95,
 ) -> list[Verdict]:
     """Verdicts of arms, each against an arm of its own, at Holm's levels over all of them.
 
     pairs: (arm, what it is compared with, their differences), all of one metric. A smallest effect
     in percent is one of each pair's own baseline.
+    An interval excludes 0 where the adjusted p value is at most 1 - level, and only there.
     """
     if len({pair.metric for _, _, pair in pairs}) > 1:
         raise ValueError("arms judged together must share one metric")
-    streams = rng.spawn(len(pairs))
-
-    def interval(i: int, at: float, bootstrap: bool | None = None) -> Interval:
-        pair = pairs[i][2]
-        return two_way_interval(pair.d_SN, pair.weights_N, at, rng=streams[i], bootstrap=bootstrap)
-
-    # The p value needs the standard error alone, which the bootstrap does not change.
-    p_values = [p_value(interval(i, level, bootstrap=False)) for i in range(len(pairs))]
+    p_values = [p_value(two_way_interval(p.d_SN, p.weights_N, level)) for _, _, p in pairs]
     adjusted, levels = holm(p_values), holm_levels(p_values, level)
     return [
         decide(
-            interval(i, at),
+            two_way_interval(pair.d_SN, pair.weights_N, at),
             metric=pair.metric,
             direction=direction,
             smallest_effect=smallest_effect,
@@ -224,7 +213,7 @@ def judge_pairs(
             arm=arm,
             baseline=against,
         )
-        for i, ((arm, against, pair), p, at) in enumerate(zip(pairs, adjusted, levels, strict=True))
+        for (arm, against, pair), p, at in zip(pairs, adjusted, levels, strict=True)
     ]
 
 
