@@ -45,7 +45,7 @@ def row(seeds: int, items: int, ratio: float, tails: bool, level: float, n: int)
         weights = rng.lognormal(0, 0.5, items) if tails else np.ones(items)
         weights /= weights.sum()
         d_SN = drawn(rng, seeds, weights, ratio, tails)
-        found = two_way_interval(d_SN, weights, level, bootstrap=False)
+        found = two_way_interval(d_SN, weights, level)
         halves = np.array([found.high - found.effect, simple * found.se, simple * found.seeds_se])
         covered += np.abs(found.effect - EFFECT) <= halves
         width += halves
@@ -69,7 +69,7 @@ def main() -> None:
     given = parser.parse_args()
     rows = [
         row(seeds, items, ratio, tails, given.level, given.draws)
-        for seeds in (3, 5, 9)
+        for seeds in (3, 5, 9, 12)
         for items in (20, 200)
         for ratio in (0.0, 0.1, 0.5, 2.0, 10.0)
         for tails in (False, True)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import optimize, stats
 
 from maquette.evaluation import law_solver as solver
-from maquette.evaluation.law_bootstrap import bootstrap, nested_floor
+from maquette.evaluation.law_bootstrap import alike, bootstrap, nested_floor
 from maquette.evaluation.scaling import (
     HUBER,
     Law,
@@ -327,6 +327,45 @@ def test_arms_of_the_same_runs_keep_their_pairing_under_one_seed():
     ]
     apart = bootstrap(fit_law(x, arms[1]), rng=np.random.default_rng(8)).draws_at(3e8)[:, 0]
     assert (draws[1] - draws[0]).std() < 0.3 * (apart - draws[0]).std()
+
+
+def bent_pair():
+    """Two fits of the same runs: one that bears its law, and one of which a size is off."""
+    x = np.repeat(SIZES, 3)
+    rng = np.random.default_rng(0)
+    size = np.repeat(0.002 * rng.standard_normal(len(SIZES)), 3)
+    shared = size + 0.01 * rng.standard_normal(x.size)
+    bump = np.where(x == SIZES[2], 0.02, 0.0)
+    return (
+        fit_law(x, LADDER(x) * np.exp(shared)),
+        fit_law(x, LADDER(x) * 0.98 * np.exp(0.2 * shared + bump)),
+    )
+
+
+def test_a_pair_of_which_one_misses_its_law_is_drawn_by_points_on_both_sides():
+    sound, bent = (bootstrap(fit, rng=np.random.default_rng(7)) for fit in bent_pair())
+    assert (sound.unit, bent.unit) == ("runs", "points")
+    first, second = alike(sound, bent, seed=7)
+    assert (first.unit, second.unit) == ("points", "points")
+    assert second is bent
+    # As it would be if the two had agreed from the start: equal numbers for equal rows.
+    again = bootstrap(bent_pair()[0], rng=np.random.default_rng(7), unit="points")
+    assert (first.theta_Bk == again.theta_Bk).all()
+    assert first.fit is sound.fit
+    assert [s.unit for s in alike(bent, sound, seed=7)] == ["points", "points"]
+
+
+def test_one_unit_keeps_what_two_units_lose_of_a_pair():
+    fit = bent_pair()[1]
+    points = bootstrap(fit, rng=np.random.default_rng(7))
+    runs = bootstrap(fit, rng=np.random.default_rng(7), unit="runs")
+    one, other = alike(points, runs, seed=7)
+
+    def apart(a, b):
+        return (a.draws_at(3e8) - b.draws_at(3e8)).std()
+
+    assert apart(points, runs) > 0.5 * points.draws_at(3e8).std()
+    assert apart(one, other) == 0  # an arm beside itself
 
 
 def test_the_band_is_the_interval_at_each_place():

@@ -92,6 +92,18 @@ def test_a_metric_whose_items_do_not_pair_costs_no_other_its_verdict(world, monk
         compare(study, store, OPTIONS)
 
 
+@pytest.mark.parametrize(("given", "words"), [(99, {"helps"}), ("9900%", {"no difference"})])
+def test_a_size_of_the_smallest_effect_holds_for_the_metric_it_was_given_for(world, given, words):
+    domains = {"type": "domain-bits-per-byte", "groups": {"books": ["library"], "rest": ["*"]}}
+    whole = {"type": "bits-per-byte", "max_tokens": 4000}
+    metric = {"name": "bits-per-byte", "smallest_effect": given}
+    study = parse_study(data(world, metric=metric, evaluate=[whole, domains]), name="rates")
+    result = compare(study, world.store("compare"), OPTIONS)
+    assert result.verdicts["fast"].word == "no difference"
+    [fast] = [arm for arm in result.report.arms if arm.name == "fast"]
+    assert {other.verdict.word for other in fast.secondary} == words
+
+
 def tuned_data(world, **over):
     workload = world.workload("text/causal", dev_fraction=0.2)
     tune = {"trials": 3, "over": {"optim.learning_rate": 10}}
@@ -120,6 +132,47 @@ def test_tuning_gives_every_arm_its_trials_on_dev_and_the_verdict_the_chosen_val
     )
     assert dev
     assert not dev & held
+
+
+def breaking(world, arm):
+    """A tuned study in which every run of one arm ends at its first step."""
+    arms = data(world)["arms"]
+    arms[arm] = arms[arm] | {"objective": "breaks-in-trials"}
+    return parse_study(tuned_data(world, arms=arms), name="tuned")
+
+
+@pytest.fixture
+def breaks_in_trials():
+    @parts.register("breaks-in-trials")
+    class BreaksInTrials(CausalLM):
+        def loss(self, model, extra, batch, clock):
+            return Loss(super().loss(model, extra, batch, clock).total * float("nan"))
+
+    yield
+    del registry._PARTS["objective"]["breaks-in-trials"]
+
+
+def test_an_arm_whose_every_trial_failed_is_not_run_and_says_why(world, breaks_in_trials):
+    study, ended = breaking(world, "fast"), []
+    result = compare(study, world.store("tuned"), OPTIONS, on_done=ended.append)
+    assert result.verdicts == {}
+    [arm] = [a for a in result.report.arms if a.name == "fast"]
+    assert arm.status == "failed"
+    assert "it cannot be tuned: all 3 trials failed, the first: " in arm.reason
+    assert "nan at step" in arm.reason
+    assert len([done for done in ended if done.task.arm == "fast"]) == 3
+    assert {done.digest for done in ended if done.task.arm == "fast"} == {None}
+    fast = next(t for t in result.report.tuning if t.arm == "fast")
+    assert (fast.best, fast.certified) == ([], False)
+    for form in ("md", "html"):
+        told = result.paths[form].read_text().lower()
+        assert "every trial failed: the arm cannot be tuned, and was not run" in told
+
+
+def test_a_baseline_whose_every_trial_failed_ends_the_study(world, breaks_in_trials):
+    with pytest.raises(RunFailed, match="all 3 trials failed") as caught:
+        compare(breaking(world, "slow"), world.store("tuned"), OPTIONS)
+    assert caught.value.key == "arms.slow"
 
 
 def _by_use(store, study):

@@ -11,14 +11,16 @@ import pytest
 from maquette import quantities
 from maquette.conformance.world import OPTIONS
 from maquette.errors import BadInput, RunFailed
+from maquette.evaluation.law_bootstrap import bootstrap
 from maquette.evaluation.scaling import Law
 from maquette.quantities import SIZES, Size
-from maquette.study import execute
+from maquette.study import execute, forecast_ladder
 from maquette.study import forecast_report as reporting
 from maquette.study.forecast import Points, fit_points, forecast_points
 from maquette.study.forecast_ladder import Run, forecast_runs, forecast_study
 from maquette.study.forecast_page import render
 from maquette.study.ladder import parse_ladder
+from maquette.study.store import Store
 from maquette.study.study import parse_study
 
 LAWS = {"plain": Law(1.0, (30.0,), (0.3,)), "better": Law(0.9, (30.0,), (0.3,))}
@@ -101,6 +103,21 @@ def test_pairing_makes_the_difference_surer_than_two_arms_apart():
     at = {("params",): (SIZES["125m"].weights,)}
     [unpaired] = forecast_points(apart, at, baseline="plain").gaps
     assert gap.effect.high - gap.effect.low < 0.6 * (unpaired.effect.high - unpaired.effect.low)
+
+
+def test_a_size_that_misses_one_arms_law_leaves_the_difference_paired():
+    ladder = parse_ladder({})
+    runs = [
+        replace(r, value=r.value * (1.05 if (r.arm, r.size) == ("better", "1m") else 1.0))
+        for r in recorded(ladder, noise=0.005, seeds=4)
+    ]
+    found = forecast_runs(study(), ladder, runs)
+    plain, better = (found.outcomes[arm][0] for arm in ("plain", "better"))
+    assert (plain.spread.unit, better.spread.unit) == ("runs", "points")
+    sizes = bootstrap(plain.spread.fit, rng=np.random.default_rng(0), unit="points")
+    wanted = better.spread.draws_at(*better.at) - sizes.draws_at(*plain.at)
+    [gap] = found.gaps
+    assert (gap.effect.low, gap.effect.high) == pytest.approx(np.quantile(wanted, [0.05, 0.95]))
 
 
 def test_several_budgets_give_the_law_of_both_and_it_predicts():
@@ -332,3 +349,20 @@ def test_a_metric_that_no_arm_gives_is_refused_before_anything_runs(world, tiny_
     with pytest.raises(BadInput, match="gives the metric `accuracy`"):
         forecast_study(asked, ladder, store, OPTIONS, metric="accuracy")
     assert store.list_runs() == []
+
+
+@pytest.mark.parametrize(("given", "carried"), [(0.05, 0.0), ("2%", "2%")])
+def test_another_metric_takes_a_share_along_and_no_size(tmp_path, monkeypatch, given, carried):
+    seen = []
+
+    def enough(study, ladder):
+        seen.append(study.metric)
+        raise RunFailed("nothing is run here")
+
+    monkeypatch.setattr(forecast_ladder, "forecast_digest", enough)
+    evaluate = ["bits-per-byte", {"type": "dereference"}]
+    asked = study({"name": "next-identifier-match", "smallest_effect": given}, evaluate=evaluate)
+    with pytest.raises(RunFailed):
+        forecast_study(asked, parse_ladder({}), Store(tmp_path), metric="bits-per-byte")
+    [metric] = seen
+    assert (metric.name, metric.smallest_effect) == ("bits-per-byte", carried)

@@ -60,7 +60,7 @@ def test_the_interval_of_a_sum_of_sets_covers_the_planted_sum_and_one_set_is_the
     rng = np.random.default_rng(4)
     w = np.full(20, 1 / 20)
     d = 1 + 0.2 * rng.standard_normal((4, 1)) + 0.5 * rng.standard_normal((4, 20))
-    one, rule = sum_over_sets([(d, w)]), two_way_interval(d, w, bootstrap=False)
+    one, rule = sum_over_sets([(d, w)]), two_way_interval(d, w)
     assert (one.effect, one.low, one.high) == pytest.approx((rule.effect, rule.low, rule.high))
     hits, n = 0, 300
     for _ in range(n):

@@ -6,12 +6,16 @@ import os
 import signal
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 
 from maquette.conformance.world import OPTIONS, Run
+from maquette.errors import RunFailed
 from maquette.recipe import parse_recipe
+from maquette.study import pool
 from maquette.study.execute import Busy, Options, execute
-from maquette.study.pool import Deaths, Job, Line, Place, Task, run_tasks
+from maquette.study.pool import HERE, Deaths, Job, Line, Place, Task, jobs_of, run_job, run_tasks
 from maquette.study.store import Store
 
 
@@ -91,6 +95,86 @@ def test_a_stage_that_another_process_is_at_is_not_waited_for(world, tmp_path):
         let_go.set()
         other.join()
     assert execute(recipe, 0, store, unwilling) == digest
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+def out_on_a_gpu():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def out_in_cublas():
+    raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
+FAR_TOO_MUCH = {
+    "of a gpu": (out_on_a_gpu, "CUDA out of memory"),
+    "in cublas": (out_in_cublas, "CUBLAS_STATUS_ALLOC_FAILED"),
+    "of the machine": (lambda: torch.empty(10**15), "can't allocate memory"),
+    "in numpy": (lambda: np.empty(10**16), "Unable to allocate"),
+}
+
+
+class Held:
+    """What a run holds while it runs: `freed` once nothing refers to it any more."""
+
+    freed = False
+
+    def __del__(self):
+        Held.freed = True
+
+
+def faked(monkeypatch, world, step):
+    """Three tasks whose second one ends with `step`; nothing is trained."""
+
+    def run(recipe, seed, *_, arm="", **__):
+        held = Held()
+        if arm == "big":
+            step()
+        del held
+        return f"{arm}-{seed}"
+
+    monkeypatch.setattr(pool, "execute", run)
+    return [task(world, "ok", 1), task(world, "big", 1), task(world, "ok", 1, seed=1)]
+
+
+@pytest.mark.parametrize("where", FAR_TOO_MUCH)
+def test_a_run_out_of_memory_fails_alone_and_says_what_would_need_less(
+    world, tmp_path, monkeypatch, where
+):
+    step, said = FAR_TOO_MUCH[where]
+    tasks, store, Held.freed = faked(monkeypatch, world, step), Store(tmp_path), False
+    ended = run_tasks(tasks, store, OPTIONS, HERE, lambda *_: None, lambda _: None)
+    assert [done.digest for done in ended] == ["ok-0", None, "ok-1"]
+    assert "out of memory: " in ended[1].failure
+    assert said in ended[1].failure
+    assert "mend: in all arms more `microbatches`" in ended[1].failure
+    # A worker does its jobs by `run_job`, one after another in one process.
+    answers = [run_job(job, lambda _: None) for job in jobs_of(tasks, store, OPTIONS)]
+    assert answers == [(done.digest, done.failure) for done in ended]
+
+
+def test_what_a_run_out_of_memory_held_is_free_for_the_next(world, tmp_path, monkeypatch):
+    tasks, Held.freed = faked(monkeypatch, world, out_on_a_gpu), False
+    kept = []
+    try:
+        with pool.within_memory():
+            pool.execute(tasks[1].recipe, 0, arm="big")
+    except RunFailed as error:
+        kept.append(error)  # as a debugger or a log would
+    assert Held.freed
+
+
+def test_an_error_that_is_a_bug_ends_the_study(world, tmp_path, monkeypatch):
+    def bug():
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    tasks, store = faked(monkeypatch, world, bug), Store(tmp_path)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        run_tasks(tasks, store, OPTIONS, HERE, lambda *_: None, lambda _: None)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        run_job(jobs_of(tasks, store, OPTIONS)[1], lambda _: None)
 
 
 # --- workers that die ----------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import copy
 import pytest
 
 from maquette.errors import BadInput
+from maquette.recipe import digest
 from maquette.study.execute import pick_device
 from maquette.study.study import built_in, load_study, parse_study
 
@@ -150,6 +151,13 @@ def test_words_for_people_are_not_in_the_digest():
 )
 def test_the_rule_and_every_arm_are_in_the_digest(over):
     assert study(**over).digest != study().digest
+
+
+@pytest.mark.parametrize(("seeds", "rule"), [(3, 2), (9, 2), (10, 3), ([*range(40, 52)], 3)])
+def test_a_rule_that_changed_for_many_seeds_leaves_studies_of_few_their_digests(seeds, rule):
+    found = study(seeds=seeds)
+    spec = {key: value for key, value in found.spec().items() if key != "question"}
+    assert found.digest == digest("study", {**spec, "rule": rule})
 
 
 def test_a_study_without_a_margin_above_untrained_is_written_out_as_before_there_was_one():

@@ -89,6 +89,31 @@ def test_two_metrics_of_one_arm_are_told_apart_where_they_differ():
     assert table.sentences[1].startswith("In two, bpb-mid is no different from bpb-old")
 
 
+def test_a_size_of_the_smallest_effect_says_nothing_of_metrics_of_other_units():
+    close = {"plain": {"bits-per-byte": 3.0, "bpb-old": 1.0, "bpb-mid": 1.0, "bpb-new": 3.0}}
+    close["one"] = {metric: mean - 0.03 for metric, mean in close["plain"].items()}
+    asked = {
+        "type": "contrasts",
+        "pairs": [["one", "plain"]],
+        "metrics": ["bits-per-byte", "bpb-old"],
+    }
+    for given, words in ((0.05, ["no difference", "helps"]), ("5%", ["no difference"] * 2)):
+        metric = {"name": "bits-per-byte", "smallest_effect": given}
+        [table] = tables(study(asked, metric=metric), items(close))
+        assert [row[3] for row in table.rows] == words
+
+
+def test_two_metrics_of_one_unit_share_the_size_of_the_smallest_effect():
+    close = {"plain": {"bits-per-byte": 3.0, "bpb-old": 1.0, "bpb-mid": 1.03, "bpb-new": 3.03}}
+    metric = {"name": "bits-per-byte", "smallest_effect": 0.05}
+    asked = [
+        {"type": "within-arm", "arms": ["plain"], "metric": new, "against": old}
+        for new, old in (("bpb-new", "bits-per-byte"), ("bpb-mid", "bpb-old"))
+    ]
+    own, other = tables(study(*asked, metric=metric), items(close))
+    assert [own.rows[0][3], other.rows[0][3]] == ["no difference", "hurts"]
+
+
 def test_the_best_all_rounder_is_named_with_its_ranks():
     asked = study({"type": "mean-rank", "metrics": list(SLICES)})
     [table] = tables(asked, items(ALL))

@@ -64,6 +64,16 @@ def test_a_point_that_failed_is_worse_than_any_other():
     assert found.certified
 
 
+def test_where_every_point_failed_nothing_is_certified():
+    def score(points):
+        return [math.nan] * len(points)
+
+    found = coordinate_descent(score, (1.0, 1.0), (2.0, 2.0), trials=10)
+    assert len(found.scores) == 5
+    assert not found.certified
+    assert not found.any_succeeded
+
+
 def test_a_ridge_is_left_at_a_local_optimum_as_the_certificate_says():
     def ridge(points):
         return [abs(math.log2(x / y)) * 10 + abs(math.log2(x * y) - 6) for x, y in points]

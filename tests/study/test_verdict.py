@@ -96,6 +96,20 @@ def test_the_sentence_carries_the_numbers(low: float, high: float, parts: tuple[
     assert verdict.sentence.count("\n") == 0
 
 
+def test_an_undecided_sentence_names_no_smallest_effect_where_there_is_none() -> None:
+    verdict = decide(
+        interval(-0.04, 0.02),
+        metric="accuracy",
+        direction="higher",
+        smallest_effect=0.0,
+        baseline_mean=0.5,
+        n_seeds=5,
+        n_items=200,
+    )
+    assert "±" not in verdict.sentence
+    assert verdict.sentence.endswith("which does not tell it from no effect.")
+
+
 @pytest.mark.parametrize(
     ("arms", "direction", "early"),
     [
@@ -131,9 +145,7 @@ def pair(differences: list[float]) -> Paired:
 
 def test_one_arm_is_judged_by_its_paired_t_interval() -> None:
     d = [-0.05, -0.03, -0.04, -0.06, -0.02]
-    verdict = judge(
-        {"a": pair(d)}, direction="lower", smallest_effect=0.001, rng=np.random.default_rng(0)
-    )["a"]
+    verdict = judge({"a": pair(d)}, direction="lower", smallest_effect=0.001)["a"]
     low, high = stats.ttest_1samp(d, 0).confidence_interval(0.95)
     assert verdict.word == "helps"
     assert (verdict.low, verdict.high) == pytest.approx((low, high))
@@ -148,22 +160,29 @@ def test_many_arms_are_judged_at_stricter_levels() -> None:
 
     def word(names: list[str]) -> str:
         arms = {name: pair(d if name == "a" else noise) for name in names}
-        return judge(arms, direction="lower", smallest_effect=0.0, rng=np.random.default_rng(0))[
-            "a"
-        ].word
+        return judge(arms, direction="lower", smallest_effect=0.0)["a"].word
 
     assert word(["a"]) == "helps"
     assert word(["a", "b", "c"]) == "undecided"
 
 
-def test_the_bootstrap_does_not_depend_on_the_other_arms_names() -> None:
-    rng = np.random.default_rng(1)
-    arms = {name: pair(rng.normal(size=12).tolist()) for name in "ab"}
-    first, second = (
-        judge(arms, direction="lower", smallest_effect=0.1, rng=np.random.default_rng(2))
-        for _ in range(2)
-    )
-    assert first == second
+@pytest.mark.parametrize("seeds", [3, 5, 9, 10, 12, 20])
+def test_word_interval_and_p_value_never_contradict_each_other(seeds: int) -> None:
+    # Skewed effects of seeds, near the edge of being told from 0, one arm alone and three together.
+    rng = np.random.default_rng(seeds)
+    weights = np.full(20, 1 / 20)
+    for arms in (1, 3):
+        for _ in range(60):
+            pairs = {}
+            for name in range(arms):
+                seed = 0.1 * (rng.exponential(1, (seeds, 1)) - 0.45)
+                d_SN = seed + rng.normal(0, 0.05, (seeds, 20))
+                own = np.ones(seeds)
+                pairs[str(name)] = Paired("bits", d_SN, weights, own, own + d_SN.mean(1), 20)
+            for verdict in judge(pairs, direction="higher", smallest_effect=1e-4).values():
+                excludes = not verdict.low <= 0 <= verdict.high
+                assert excludes == (verdict.p <= 0.05)
+                assert excludes == (verdict.word in ("helps", "hurts"))
 
 
 def test_pairs_share_holms_levels_and_name_what_each_is_compared_with() -> None:
@@ -178,7 +197,6 @@ def test_pairs_share_holms_levels_and_name_what_each_is_compared_with() -> None:
         [("b", "a", big), ("d", "c", none)],
         direction="lower",
         smallest_effect="1%",
-        rng=np.random.default_rng(0),
     )
     assert [v.word for v in found] == ["helps", "no difference"]
     assert [v.level for v in found] == [0.975, 0.95]
@@ -189,12 +207,7 @@ def test_pairs_share_holms_levels_and_name_what_each_is_compared_with() -> None:
 def test_arms_with_different_metrics_are_not_judged_together() -> None:
     other = Paired("accuracy", np.ones((3, 1)), np.ones(1), np.ones(3), np.ones(3), 1)
     with pytest.raises(ValueError, match="share one metric"):
-        judge(
-            {"a": pair([1, 2, 3]), "b": other},
-            direction="lower",
-            smallest_effect=0,
-            rng=np.random.default_rng(0),
-        )
+        judge({"a": pair([1, 2, 3]), "b": other}, direction="lower", smallest_effect=0)
 
 
 LEDGER = {

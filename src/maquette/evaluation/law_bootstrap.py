@@ -36,6 +36,7 @@ from maquette.evaluation.scaling import (
     law_of,
 )
 
+Unit = Literal["runs", "points"]
 LEVEL = 0.9
 DRAWS = 1000
 MISFIT_LEVEL = 0.05
@@ -64,7 +65,7 @@ class Spread:
 
     fit: Fit
     theta_Bk: Array
-    unit: Literal["runs", "points"]
+    unit: Unit
     sd: float
     df: int
     misfit_p: float | None
@@ -115,13 +116,20 @@ class Spread:
 
 
 def bootstrap(
-    fit: Fit, *, rng: np.random.Generator, draws: int = DRAWS, level: float = LEVEL
+    fit: Fit,
+    *,
+    rng: np.random.Generator,
+    draws: int = DRAWS,
+    level: float = LEVEL,
+    unit: Unit | None = None,
 ) -> Spread:
     """Refit the law to `draws` tables of fitted values plus drawn residuals.
 
     Two fits whose rows are the same runs (arms paired by size and seed) keep their pairing when
-    each is given a generator of the same seed: equal numbers are drawn for equal rows.
-    level: in (0, 1). Raises ValueError for a level or draws out of range, and NoLaw when the points
+    each is given a generator of the same seed and both draw the same unit: equal numbers are then
+    drawn for equal rows (`alike` sees to the unit).
+    level: in (0, 1). unit: what is drawn; None means runs, or points where the test of lack of fit
+    says so. Raises ValueError for a level or draws out of range, and NoLaw when the points
     are as many as the parameters, which leaves no residual.
     """
     if not 0 < level < 1:
@@ -133,8 +141,9 @@ def bootstrap(
     if points <= k:
         raise NoLaw(f"{points} different x leave nothing to judge a law of {k} parameters by")
     misfit_p = _misfit(fit, P, points, k)
-    whole = misfit_p is not None and misfit_p < MISFIT_LEVEL
-    units = fit.problem.point_P if whole else np.arange(P)
+    if unit is None:
+        unit = "points" if misfit_p is not None and misfit_p < MISFIT_LEVEL else "runs"
+    units = fit.problem.point_P if unit == "points" else np.arange(P)
     residual_U, df = _residuals(fit, units, k)
     sd = math.sqrt(float((residual_U**2).mean()))
     U = residual_U.size
@@ -146,7 +155,31 @@ def bootstrap(
         widen_B1 = np.sqrt(df / rng.chisquare(df, size=(B, 1)))
         noise_BU = residual_U[rng.integers(U, size=(B, U))] * widen_B1
         theta[start : start + B] = _refit(fit, base_P + noise_BU[:, units])
-    return Spread(fit, theta, "points" if whole else "runs", sd, df, misfit_p, level)
+    return Spread(fit, theta, unit, sd, df, misfit_p, level)
+
+
+def alike(one: Spread, other: Spread, *, seed: int) -> tuple[Spread, Spread]:
+    """Two paired spreads with draws of one unit, so that a difference of draws is a paired one.
+
+    Where only one of them drew whole points, so does the other: its runs share what moved those
+    points, and no draw of runs could be paired with one of points.
+    seed: of the generator each was drawn with.
+    """
+    if one.unit == other.unit:
+        return one, other
+    first, second = (
+        spread
+        if spread.unit == "points"
+        else bootstrap(
+            spread.fit,
+            rng=np.random.default_rng(seed),
+            draws=len(spread.theta_Bk),
+            level=spread.level,
+            unit="points",
+        )
+        for spread in (one, other)
+    )
+    return first, second
 
 
 def _refit(fit: Fit, y_BP: Array) -> Array:

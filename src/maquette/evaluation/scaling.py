@@ -143,7 +143,7 @@ def fit_law(
     deviations of the least-squares fit, so that only outliers count less.
 
     Bounds: exponents in [0.001, 5], E between 0 and the smallest loss (of a mean of repeated runs).
-    Raises ValueError for bad values and for fewer different x than parameters - 1.
+    Raises ValueError for bad values, and NoLaw for fewer different x than parameters.
     """
     x_PV, loss_P = as_points(x, loss)
     problem, centre_V = _problem(x_PV, floor)

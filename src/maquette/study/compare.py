@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import yaml
 
 from maquette.errors import RunFailed
@@ -63,7 +62,8 @@ def compare(
 
     place: what the (arm, seed) pairs are shared out to; the ranks of `options.team` share every
     run instead, and all get the answer. A run that fails marks its arm and seed; the study
-    finishes with the others.
+    finishes with the others. So does an arm whose every trial failed: it is not run, for it has no
+    tuned values. Raises RunFailed when that is the baseline.
     """
     team = options.team
     for recipe in study.arms.values():
@@ -81,13 +81,20 @@ def compare(
     chosen = {name: arm.recipe for name, arm in tuned.items()}
     final = replace(study, arms={**study.arms, **chosen}, registered=study.digest)
     # Seed by seed, so that a study that is stopped early has whole pairs.
-    tasks = [
-        Task(arm, seed, final.arms[arm], final.digest) for seed in final.seeds for arm in final.arms
-    ]
+    tasks, untuned = [], []
+    for seed in final.seeds:
+        for arm, recipe in final.arms.items():
+            task = Task(arm, seed, recipe, final.digest)
+            if arm in tuned and tuned[arm].failure:
+                untuned.append(TaskDone(task, None, tuned[arm].failure))
+            else:
+                tasks.append(task)
+    for done in untuned:
+        on_done(done)
     if final.above_untrained is not None:
         reference = final.untrained()
         tasks += [Task(UNTRAINED, seed, reference) for seed in final.seeds]
-    outcomes = run_tasks(tasks, store, options, place, on_progress, on_done)
+    outcomes = [*untuned, *run_tasks(tasks, store, options, place, on_progress, on_done)]
 
     def conclude() -> Comparison:
         found = _conclude(final, store, outcomes, tuned)
@@ -141,7 +148,10 @@ def _tune(
     on_progress: Callable[[Task, Progress], None],
     on_done: Callable[[TaskDone], None],
 ) -> dict[str, Tuned]:
-    """Every arm with the values its trials chose; empty for a study that does not tune."""
+    """Every arm with the values its trials chose; empty for a study that does not tune.
+
+    Raises RunFailed when every trial of the baseline failed.
+    """
     tuning = study.tune
     if tuning is None:
         return {}
@@ -149,9 +159,13 @@ def _tune(
     found = {}
     for arm, recipe in study.arms.items():
         records: list[RunRecord] = []
+        failures: list[str] = []
 
         def run(
-            recipes: Sequence[Recipe], arm: str = arm, records: list[RunRecord] = records
+            recipes: Sequence[Recipe],
+            arm: str = arm,
+            records: list[RunRecord] = records,
+            failures: list[str] = failures,
         ) -> list[float]:
             tasks = [Task(f"{arm} (trial)", tuning.seed, r, part=DEV) for r in recipes]
             ended = run_tasks(tasks, store, options, place, on_progress, on_done)
@@ -159,13 +173,31 @@ def _tune(
                 lambda: [store.run(done.digest) if done.digest else None for done in ended]
             )
             records.extend(record for record in tried if record)
+            failures.extend(done.failure or "failed" for done in ended if done.digest is None)
             return [record.metrics[metric] if record else math.nan for record in tried]
 
         direction = study.direction(metric)
         best = tune(recipe, arm, tuning, run, direction=direction, where=study.where or None)
         spent = math.fsum(cost(record.ledger, "all") for record in records)
-        found[arm] = replace(best, flops=spent)
+        found[arm] = replace(best, flops=spent, failure=_untunable(best, failures))
+        if found[arm].failure and arm == study.baseline:
+            failure = RunFailed(
+                f"nothing can be compared with the baseline: {found[arm].failure}",
+                where=study.name,
+                key=f"arms.{arm}",
+            )
+            failure.everywhere = True  # every rank has the same trials
+            raise failure
     return found
+
+
+def _untunable(arm: Tuned, failures: Sequence[str]) -> str:
+    """Why an arm cannot be tuned, with the reason of its first trial; "" if one trial succeeded."""
+    if arm.search.any_succeeded:
+        return ""
+    return (
+        f"it cannot be tuned: all {len(arm.search.scores)} trials failed, the first: {failures[0]}"
+    )
 
 
 def _collect(name: str, outcomes: Sequence[TaskDone], store: Store) -> ArmRuns:
@@ -227,8 +259,7 @@ def _judge(
     return judge(
         pairs,
         direction=study.direction(metric),
-        smallest_effect=study.metric.smallest_effect,
-        rng=np.random.default_rng(0),
+        smallest_effect=study.smallest_effect(metric),
         baseline=study.baseline,
     )
 

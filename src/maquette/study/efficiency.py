@@ -60,20 +60,18 @@ def _over_data(laws: Sequence[Outcome]) -> Outcome | None:
 
 
 def _factor(mine: Outcome, theirs: Outcome, at: float) -> Range:
-    assert mine.spread and theirs.spread
-    value = data_efficiency(theirs.spread.fit.law, float(mine.spread.fit.law(at)), at)
+    arm, base = mine.beside(theirs)
+    value = data_efficiency(base.fit.law, float(arm.fit.law(at)), at)
     drawn = np.array(
         [
             data_efficiency(law, loss, at)
-            for law, loss in zip(
-                theirs.spread.laws(), mine.spread.draws_at(at)[:, 0].tolist(), strict=True
-            )
+            for law, loss in zip(base.laws(), arm.draws_at(at)[:, 0].tolist(), strict=True)
         ]
     )
     # Draws may be infinite, and between two of them there is nothing to interpolate.
-    ends = [(1 - mine.spread.level) / 2, (1 + mine.spread.level) / 2]
+    ends = [(1 - arm.level) / 2, (1 + arm.level) / 2]
     low, high = np.quantile(drawn, ends, method="nearest")
-    return Range(value, float(low), float(high), mine.spread.level)
+    return Range(value, float(low), float(high), arm.level)
 
 
 def sentence(found: Efficiency, at: str, level: str) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from maquette.evaluation.law_bootstrap import DRAWS, LEVEL, Range, Spread, bootstrap
+from maquette.evaluation.law_bootstrap import DRAWS, LEVEL, Range, Spread, alike, bootstrap
 from maquette.evaluation.scaling import (
     Array,
     Fit,
@@ -67,7 +67,7 @@ class Outcome:
     """One law of one arm: fitted with its intervals, or refused with the reason.
 
     target: the law at the target, when there is one. held_out: what the law and its rivals miss the
-    largest x by when they have not seen it; always there unless all x are one.
+    largest x by when they have not seen it; always there unless all x are one. seed: of the draws.
     """
 
     points: Points
@@ -77,6 +77,14 @@ class Outcome:
     at: tuple[float, ...] | None
     target: Range | None
     warnings: tuple[str, ...]
+    seed: int = 0
+
+    def beside(self, other: Outcome) -> tuple[Spread, Spread]:
+        """The draws of two fitted laws, in an order that pairs them where their runs are pairs."""
+        assert self.spread and other.spread
+        if self.points.paired and other.points.paired:
+            return alike(self.spread, other.spread, seed=self.seed)
+        return self.spread, other.spread
 
 
 @dataclass(frozen=True)
@@ -136,7 +144,7 @@ def fit_points(
         return Outcome(points, None, str(error), missed, target, None, ())
     predicted = None if target is None else spread.predict(*target)
     warnings = tuple(_warnings(points, spread, missed, target))
-    return Outcome(points, spread, "", missed, target, predicted, warnings)
+    return Outcome(points, spread, "", missed, target, predicted, warnings, seed)
 
 
 def _check_determined(fit: Fit, names: Sequence[str]) -> None:
@@ -242,6 +250,7 @@ def _same_law(arm: Sequence[Outcome], base: Sequence[Outcome]) -> tuple[Outcome,
 
 def _difference(arm: Outcome, base: Outcome) -> Range:
     """arm - baseline at the target, from the draws of both in order."""
-    assert arm.spread and base.spread and arm.at and base.at and arm.target and base.target
-    drawn = arm.spread.draws_at(*arm.at)[:, 0] - base.spread.draws_at(*base.at)[:, 0]
-    return arm.spread.range(arm.target.value - base.target.value, drawn)
+    assert arm.at and base.at and arm.target and base.target
+    mine, theirs = arm.beside(base)
+    drawn = mine.draws_at(*arm.at)[:, 0] - theirs.draws_at(*base.at)[:, 0]
+    return mine.range(arm.target.value - base.target.value, drawn)

@@ -71,14 +71,16 @@ def forecast_study(
 ) -> StudyForecast:
     """Run what the store does not hold of the ladder, smallest size first, and forecast.
 
-    metric: another one than the study's. Its laws, when lower is better: over the sizes at the
-    largest budget; with several budgets also over tokens at the largest size and over both.
+    metric: another one than the study's, with the smallest effect the study gives it. Its laws,
+    when lower is better: over the sizes at the largest budget; with several budgets also over
+    tokens at the largest size and over both.
     A run that fails leaves its (size, budget, seed) out of every arm.
     Raises BadInput for a metric no arm gives and for arms of different sizes or budgets, RunFailed
     when fewer than three seeds of fewer than four sizes are left.
     """
     if metric is not None and metric != study.metric.name:
-        study = replace(study, metric=Metric(name=metric, smallest_effect=0.0))
+        smallest = study.smallest_effect(metric)
+        study = replace(study, metric=Metric(name=metric, smallest_effect=smallest))
     for arm in study.arms:
         study.audit_of(study.metric.name, arm)
     check_arms(study.arms, study.where or None)

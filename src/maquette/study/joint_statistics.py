@@ -43,13 +43,13 @@ def ratio_of_effects(
     percentile of resampled ratios this holds for three seeds, and it cannot divide by nothing: None
     is given when `whole` itself does not differ from 0, which leaves no ratio to speak of.
     """
-    whole = two_way_interval(whole_SN, weights_N, level, bootstrap=False)
+    whole = two_way_interval(whole_SN, weights_N, level)
     if whole.low <= 0 <= whole.high:
         return None
     value = float((part_SN @ weights_N).mean()) / float((whole_SN @ weights_N).mean())
 
     def holds(share: float) -> bool:
-        found = two_way_interval(part_SN - share * whole_SN, weights_N, level, bootstrap=False)
+        found = two_way_interval(part_SN - share * whole_SN, weights_N, level)
         return found.low <= 0 <= found.high
 
     return Ratio(value, _end(holds, value, -1), _end(holds, value, 1), level)

@@ -17,6 +17,7 @@ from maquette.recipe import Recipe, parse_recipe
 from maquette.study.evaluating import HELD_OUT
 from maquette.study.execute import Busy, Options, execute
 from maquette.study.located import located
+from maquette.study.memory_limit import within_memory
 from maquette.study.store import Store
 from maquette.study.workers import Died, Told, Workers
 from maquette.training.loop import Progress
@@ -72,6 +73,9 @@ def run_tasks(
 ) -> list[TaskDone]:
     """Run all tasks; a RunFailed ends its task only, a BadInput ends them all.
 
+    Running out of memory is a RunFailed. Any other error ends them all too: it is a bug, of this
+    library or of a part, and a report of the other runs would hide it.
+
     A worker that dies costs no task either: another goes on from the last checkpoint, until
     `DEATHS` of them have died at a task that got no further.
     """
@@ -109,7 +113,7 @@ def check_place(place: Place, store: Store, options: Options) -> None:
 
 def _run_here(task: Task, store: Store, options: Options, on_progress: OnProgress) -> TaskDone:
     try:
-        with located(task.recipe, store.home):
+        with within_memory(), located(task.recipe, store.home):
             digest = execute(
                 task.recipe,
                 task.seed,
@@ -335,7 +339,7 @@ def run_job(job: Job, tell: Callable[[News], None]) -> Answer:
     try:
         recipe = replace(parse_recipe(job.spec), **job.written)
         stages = [stage.name for stage in recipe.stages]
-        with located(recipe, store.home):
+        with within_memory(), located(recipe, store.home):
             digest = execute(
                 recipe,
                 job.seed,

@@ -95,7 +95,8 @@ class Trial(_Part):
 
 class TunedArm(_Part):
     """How an arm's values were found. certified: every neighbour of `best` was run, none better.
-    flops: what the trials cost; no arm's ledger holds it.
+    best: empty when every trial failed; the arm was then not run. flops: what the trials cost; no
+    arm's ledger holds it.
     """
 
     arm: str

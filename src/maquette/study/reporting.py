@@ -109,7 +109,7 @@ def _tuning_view(arm: Tuned) -> form.TunedArm:
     return form.TunedArm(
         arm=arm.arm,
         keys=list(arm.keys),
-        best=list(arm.search.best),
+        best=[] if arm.failure else list(arm.search.best),
         certified=arm.search.certified,
         flops=arm.flops,
         trials=[

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -23,15 +23,19 @@ from scipy import stats
 
 Array = NDArray[np.float64]
 
-RULE = 2
-"""Version of the rule behind intervals and verdicts; in the digest of every study."""
 MIN_SEEDS = 3
-BOOTSTRAP_SEEDS = 10
 ITEM_COLUMNS = ("metric", "item", "value", "weight")
 # Below this share of the data's own size a spread is rounding, not variation.
 ROUNDING = 1e-12
-# Bootstrap draws are made in blocks of about this many item counts, to bound the memory.
-BLOCK = 4_000_000
+
+
+def rule_of(n_seeds: int) -> int:
+    """Version of the rule behind intervals and verdicts; in the digest of a study of so many seeds.
+
+    Rule 3 judges any number of seeds as rule 2 did fewer than 10, whose digests therefore stay;
+    from 10 up rule 2 had an interval of its own, which could contradict the p value.
+    """
+    return 3 if n_seeds >= 10 else 2
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Interval:
 
     se: standard error of the effect. df: degrees of freedom of its t quantile. seeds_se, seeds_df:
     the same for the means of the seeds alone, which no interval is narrower than; 0 where there is
-    no such bound. method: `two-way t` or `nested bootstrap`.
+    no such bound. method: how it was had, such as `two-way t`.
     """
 
     effect: float
@@ -245,49 +249,16 @@ def spread_of(d_SN: Array, w_N: Array) -> Spread:
     return Spread(var_seeds, var_items, var_rest, S, noise)
 
 
-def _bootstrap_deviations(d_SN: Array, w_N: Array, draws: int, rng: np.random.Generator) -> Array:
-    """Bootstrap effects minus the effect: seeds resampled, then items, shared by a draw's seeds."""
-    S, N = d_SN.shape
-    wd_SN = d_SN * w_N
-    out = np.empty(draws)
-    block = max(1, BLOCK // N)
-    for start in range(0, draws, block):
-        B = min(block, draws - start)
-        seeds = rng.integers(S, size=(B, S)) + S * np.arange(B)[:, None]
-        seeds_BS = np.bincount(seeds.ravel(), minlength=B * S).reshape(B, S) / S
-        items = rng.integers(N, size=(B, N)) + N * np.arange(B)[:, None]
-        items_BN = np.bincount(items.ravel(), minlength=B * N).reshape(B, N)
-        total_B = items_BN @ w_N
-        # A draw of weightless items alone has no mean; it counts as the whole sample.
-        empty_B = total_B <= 0
-        items_BN[empty_B] = 1
-        total_B = np.where(empty_B, w_N.sum(), total_B)
-        out[start : start + B] = ((seeds_BS @ wd_SN) * items_BN).sum(axis=1) / total_B
-    return out - float((d_SN @ w_N).mean())
-
-
-def two_way_interval(
-    d_SN: Array,
-    weights_N: Array,
-    level: float = 0.95,
-    *,
-    rng: np.random.Generator | None = None,
-    draws: int = 2000,
-    bootstrap: bool | None = None,
-) -> Interval:
+def two_way_interval(d_SN: Array, weights_N: Array, level: float = 0.95) -> Interval:
     """Confidence interval of the weighted mean difference when seeds and items are both samples.
 
     d_SN: differences arm - baseline, shape (S, N), S >= 3. weights_N: shares >= 0, shape (N,).
-    level: coverage in (0, 1). rng, draws: used by the bootstrap.
-    bootstrap: whether to use it; None means from 10 seeds up.
+    level: coverage in (0, 1).
 
-    Below 10 seeds: two-way standard error and a t quantile with Satterthwaite's degrees of freedom,
-    but nothing narrower than the paired t interval of the seeds' means, which with one item it is.
-    From 10 seeds up: nested bootstrap (seeds, then items), which keeps the skew of the data. Its
-    spread is set to that of the t interval, because resampling both margins counts the rest
-    e[s, n] three times (Owen, 2007, arXiv:0712.1111), and few seeds need the t quantile
-    (Hesterberg, 2015, arXiv:1411.5279). `benchmarks/intervals.py` measures what both cover.
-    Raises ValueError below 3 seeds, for bad shapes or weights, and when `rng` is missing.
+    Two-way standard error and a t quantile with Satterthwaite's degrees of freedom, but nothing
+    narrower than the paired t interval of the seeds' means, which with one item it is. It excludes
+    0 where `p_value` is below 1 - level. `benchmarks/intervals.py` measures how often it covers.
+    Raises ValueError below 3 seeds and for bad shapes or weights.
     """
     d_SN = np.asarray(d_SN, dtype=np.float64)
     w_N = np.asarray(weights_N, dtype=np.float64)
@@ -308,29 +279,15 @@ def two_way_interval(
     w_N = w_N / w_N.sum()
     effect = float((d_SN @ w_N).mean())
     spread = spread_of(d_SN, w_N)
-    if bootstrap is None:
-        bootstrap = S >= BOOTSTRAP_SEEDS
-    method = "nested bootstrap" if bootstrap else "two-way t"
     if spread.se <= ROUNDING * float(np.abs(d_SN).max()):
-        return Interval(effect, effect, effect, 0.0, S - 1, method, level)
-    closed = spread.interval(effect, level)
-    if not bootstrap:
-        return closed
-    if rng is None:
-        raise ValueError(f"{S} seeds use the nested bootstrap, which needs `rng`")
-    if draws < 100:
-        raise ValueError(f"draws must be at least 100, got {draws} (2000 is the default)")
-    deviations = _bootstrap_deviations(d_SN, w_N, draws, rng)
-    z = float(stats.norm.ppf((1 + level) / 2))
-    widen = spread.margin(level) / z / float(deviations.std())
-    low, high = np.quantile(deviations, [(1 - level) / 2, (1 + level) / 2]) * widen
-    return replace(closed, low=effect + float(low), high=effect + float(high), method=method)
+        return Interval(effect, effect, effect, 0.0, S - 1, "two-way t", level)
+    return spread.interval(effect, level)
 
 
 def p_value(interval: Interval) -> float:
     """Two-sided p value of "the effect is 0" from t quantiles: the larger one of both its bounds.
 
-    It is below 1 - level where the t interval of that level excludes 0. Without any spread
+    It is below 1 - level where the interval of that level excludes 0. Without any spread
     (deterministic arms) it is 1 for a zero effect and 0 for any other.
     """
     if interval.se == 0:

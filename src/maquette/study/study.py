@@ -16,11 +16,11 @@ from maquette.parts import Audit
 from maquette.quantities import Budget
 from maquette.recipe import RECIPE_KEYS, Recipe, digest, parse_recipe
 from maquette.study.ladder import Ladder, check_arms, parse_ladder
-from maquette.study.statistics import MIN_SEEDS, RULE
+from maquette.study.statistics import MIN_SEEDS, rule_of
 from maquette.study.summaries import check_names, parse_summaries
 from maquette.study.summary import Summary
 from maquette.study.tuning import DEV, Tuning, value_at
-from maquette.study.verdict import resolve_smallest_effect
+from maquette.study.verdict import is_share, resolve_smallest_effect
 
 DEFAULT_SEEDS = 5
 STUDY_KEYS = (
@@ -33,7 +33,8 @@ _LOSS_NAMES = frozenset({"loss", "train_loss", "training_loss", "held_out_loss"}
 
 
 class Metric(Frozen):
-    """The primary metric and the smallest effect of interest, absolute or like `1%`."""
+    """The primary metric and the smallest effect of interest: a size in its unit, or a share like
+    `1%`, which is one of any other metric too."""
 
     name: str
     smallest_effect: float | str = Field("1%")
@@ -97,7 +98,7 @@ class Study:
         if self.registered:
             return self.registered
         spec = {k: v for k, v in self.spec().items() if k != "question"}
-        return digest("study", {**spec, "rule": RULE})
+        return digest("study", {**spec, "rule": rule_of(len(self.seeds))})
 
     def audit_of(self, metric: str, arm: str) -> Audit:
         """The audit of an arm that gives this metric; BadInput when none does."""
@@ -127,6 +128,15 @@ class Study:
 
     def direction(self, metric: str) -> Literal["higher", "lower"]:
         return self.audit_of(metric, self.baseline).metric_directions()[metric]
+
+    def smallest_effect(self, *metrics: str) -> float | str:
+        """The smallest effect of interest in a metric, or in several of one unit.
+
+        A size is one in the unit of the study's own metric: of any other the study says nothing,
+        and it is 0. A share holds for all.
+        """
+        given = self.metric.smallest_effect
+        return given if is_share(given) or self.metric.name in metrics else 0.0
 
     def metrics(self) -> list[str]:
         """Metrics every arm gives: the primary first, then the others by name."""

@@ -67,8 +67,7 @@ class Contrasts(Summary):
                     for arm, against in self.pairs
                 ],
                 direction=study.direction(metric),
-                smallest_effect=study.metric.smallest_effect,
-                rng=np.random.default_rng(0),
+                smallest_effect=study.smallest_effect(metric),
             )
             for (arm, against), v in zip(self.pairs, verdicts, strict=True):
                 rows.append([metric, arm, against, v.word, v.effect, v.low, v.high, v.p])
@@ -111,8 +110,7 @@ class WithinArm(Summary):
         verdicts = judge_pairs(
             pairs,
             direction=study.direction(self.metric),
-            smallest_effect=study.metric.smallest_effect,
-            rng=np.random.default_rng(0),
+            smallest_effect=study.smallest_effect(self.metric, self.against),
         )
         rows: list[list[Cell]] = [
             [arm, self.metric, self.against, v.word, v.effect, v.low, v.high, v.p]

@@ -59,12 +59,17 @@ class Tuning(Frozen):
 class Search:
     """What a coordinate descent found. scores: every point that was tried, in order of trial.
 
-    certified: all neighbours of `best` were tried and none is better.
+    certified: `best` has a score, all its neighbours were tried and none is better.
     """
 
     best: Point
     scores: Mapping[Point, float]
     certified: bool
+
+    @property
+    def any_succeeded(self) -> bool:
+        """Whether any point has a score; without one `best` is the start, and means nothing."""
+        return any(map(math.isfinite, self.scores.values()))
 
 
 def coordinate_descent(
@@ -108,7 +113,10 @@ def coordinate_descent(
         else:
             unmoved, axis = unmoved + 1, (axis + 1) % len(start)
     around = [_shift(best, axis, step) for axis in range(len(start)) for step in (1, -1)]
-    certified = all(at in scores and badness(at) >= badness(best) for at in around)
+    # Where every point failed none is better than another, which certifies nothing.
+    certified = badness(best) < math.inf and all(
+        at in scores and badness(at) >= badness(best) for at in around
+    )
     return Search(point(best), {point(at): value for at, value in scores.items()}, certified)
 
 
@@ -122,7 +130,7 @@ def _shift(at: tuple[int, ...], axis: int, step: int) -> tuple[int, ...]:
 @dataclass(frozen=True)
 class Tuned:
     """An arm with the values its trials chose. keys: what was tuned, in order of the points.
-    flops: what the trials cost.
+    flops: what the trials cost. failure: why it cannot be tuned, where every trial failed; or "".
     """
 
     arm: str
@@ -130,6 +138,7 @@ class Tuned:
     keys: tuple[str, ...]
     search: Search
     flops: float = 0.0
+    failure: str = ""
 
 
 def tune(

@@ -11,7 +11,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from maquette.figures import number, places_for, signed
@@ -62,10 +61,9 @@ def resolve_smallest_effect(given: float | str, baseline: float) -> float:
     given: an absolute size (`0.01`) or a share of the baseline's mean (`1%`), >= 0.
     Raises ValueError for anything else, and for a share of a baseline that is 0.
     """
-    text = str(given).strip()
-    relative = text.endswith("%")
+    relative = is_share(given)
     try:
-        size = float(text.removesuffix("%"))
+        size = float(str(given).strip().removesuffix("%"))
     except ValueError:
         size = math.nan
     if not (math.isfinite(size) and size >= 0):
@@ -77,6 +75,11 @@ def resolve_smallest_effect(given: float | str, baseline: float) -> float:
     if baseline == 0:
         raise ValueError(f"smallest_effect is `{given}` of a baseline that is 0: give a size")
     return abs(baseline) * size / 100
+
+
+def is_share(smallest_effect: float | str) -> bool:
+    """Whether a smallest effect is a share of the baseline's mean, such as `1%`."""
+    return str(smallest_effect).strip().endswith("%")
 
 
 def word_of(interval: Interval, direction: Direction, smallest_effect: float) -> Word:
@@ -117,6 +120,8 @@ def _sentence(
             f"{arm} makes no difference: {change} {within}, and the whole interval lies within "
             f"±{number(smallest)}, the smallest effect of interest."
         )
+    if smallest == 0:
+        return f"{arm} is undecided: {change} {within}, which does not tell it from no effect."
     return (
         f"{arm} is undecided: {change} {within}, which leaves both no effect and one beyond "
         f"±{number(smallest)} possible."
@@ -166,18 +171,15 @@ def judge(
     *,
     direction: Direction,
     smallest_effect: float | str,
-    rng: np.random.Generator,
     level: float = 0.95,
     baseline: str = "the baseline",
 ) -> dict[str, Verdict]:
     """Verdicts of several arms against one baseline, at Holm's levels.
 
-    arms: name -> paired differences, all of one metric. rng: feeds the bootstrap from 10 seeds up.
+    arms: name -> paired differences, all of one metric.
     """
     pairs = [(name, baseline, pair) for name, pair in arms.items()]
-    found = judge_pairs(
-        pairs, direction=direction, smallest_effect=smallest_effect, rng=rng, level=level
-    )
+    found = judge_pairs(pairs, direction=direction, smallest_effect=smallest_effect, level=level)
     return dict(zip(arms, found, strict=True))
 
 
@@ -186,28 +188,21 @@ def judge_pairs(
     *,
     direction: Direction,
     smallest_effect: float | str,
-    rng: np.random.Generator,
     level: float = 0.95,
 ) -> list[Verdict]:
     """Verdicts of arms, each against an arm of its own, at Holm's levels over all of them.
 
     pairs: (arm, what it is compared with, their differences), all of one metric. A smallest effect
     in percent is one of each pair's own baseline.
+    An interval excludes 0 where the adjusted p value is at most 1 - level, and only there.
     """
     if len({pair.metric for _, _, pair in pairs}) > 1:
         raise ValueError("arms judged together must share one metric")
-    streams = rng.spawn(len(pairs))
-
-    def interval(i: int, at: float, bootstrap: bool | None = None) -> Interval:
-        pair = pairs[i][2]
-        return two_way_interval(pair.d_SN, pair.weights_N, at, rng=streams[i], bootstrap=bootstrap)
-
-    # The p value needs the standard error alone, which the bootstrap does not change.
-    p_values = [p_value(interval(i, level, bootstrap=False)) for i in range(len(pairs))]
+    p_values = [p_value(two_way_interval(p.d_SN, p.weights_N, level)) for _, _, p in pairs]
     adjusted, levels = holm(p_values), holm_levels(p_values, level)
     return [
         decide(
-            interval(i, at),
+            two_way_interval(pair.d_SN, pair.weights_N, at),
             metric=pair.metric,
             direction=direction,
             smallest_effect=smallest_effect,
@@ -218,7 +213,7 @@ def judge_pairs(
             arm=arm,
             baseline=against,
         )
-        for i, ((arm, against, pair), p, at) in enumerate(zip(pairs, adjusted, levels, strict=True))
+        for (arm, against, pair), p, at in zip(pairs, adjusted, levels, strict=True)
     ]
 
 
