@@ -24,7 +24,6 @@ from maquette.study.compare import _conclude, compare
 from maquette.study.models import export
 from maquette.study.pool import Task, TaskDone
 from maquette.study.report_page import render_html, render_markdown
-from maquette.study.reporting import held_equal
 from maquette.study.store import Store
 from maquette.study.study import parse_study
 
@@ -193,14 +192,6 @@ def test_a_study_of_other_seeds_computes_only_the_new_ones(answered, world, monk
     monkeypatch.setattr(execute, "train", counted)
     compare(parse_study(data(world, seeds=[0, 1, 2, 9]), name="rates"), store, OPTIONS)
     assert trained == [9, 9]
-
-
-def test_what_is_held_equal_is_computed_from_the_recipes(answered):
-    study, _, _ = answered
-    facts = " ".join(held_equal(study))
-    assert "order of the training rows" in facts
-    assert "optimiser and schedule" not in facts
-    assert "budget: 10step" in facts
 
 
 @pytest.fixture(scope="module")

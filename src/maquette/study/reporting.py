@@ -7,7 +7,6 @@ import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
-from typing import Any
 
 import pyarrow as pa
 import yaml
@@ -22,6 +21,7 @@ from maquette.study.charging import (
     charging_sentence,
     rules_disagree,
 )
+from maquette.study.held_equal import held_equal
 from maquette.study.records import RunRecord
 from maquette.study.statistics import MIN_SEEDS
 from maquette.study.store import Store
@@ -325,46 +325,6 @@ def _warnings(study: Study, arms: dict[str, ArmRuns]) -> list[str]:
             "the method had its learning rate searched"
         )
     return found
-
-
-def held_equal(study: Study) -> list[str]:
-    """What every arm shares, in words; computed from the recipes, not assumed."""
-    recipes = list(study.arms.values())
-    facts: dict[str, list[Any]] = {
-        "the corpus, its duplicates removed, and the held-out documents": [
-            (str(getattr(r.last.workload, "corpus", "")), tuple(map(repr, r.last.data)))
-            for r in recipes
-        ],
-        "the tokenizer": [
-            (
-                getattr(r.last.workload, "vocabulary", 0),
-                getattr(r.last.workload, "tokenizer", None),
-                bool(r.last.surgery),
-            )
-            for r in recipes
-        ],
-        "model shape and initial weights, wherever shapes agree (per seed)": [
-            (r.last.size.name, getattr(r.last.workload, "model", None)) for r in recipes
-        ],
-        "order of the training rows (per seed)": [
-            (repr(r.last.feed), r.last.length, r.last.rows) for r in recipes
-        ],
-        "optimiser and schedule": [repr(r.last.optim) for r in recipes],
-        "budget": [str(r.last.budget) for r in recipes],
-        "evaluation items": [
-            sorted(repr(audit) for audit in recipe.evaluate) for recipe in recipes
-        ],
-    }
-    equal = [fact for fact, seen in facts.items() if all(v == seen[0] for v in seen)]
-    if "budget" in equal:
-        unit = recipes[0].last.budget.unit
-        words = {"flop": "counted training FLOPs, every side cost included", "tok": "tokens"}
-        equal[equal.index("budget")] = (
-            f"budget: {recipes[0].last.budget} of {words.get(unit, unit)}, to within a step"
-            if unit in words
-            else f"budget: {recipes[0].last.budget}"
-        )
-    return equal
 
 
 def _rerun(study: Study, store: Store) -> list[str]:
