@@ -16,12 +16,14 @@ import yaml
 from maquette import parts, registry
 from maquette.conformance.world import OPTIONS
 from maquette.errors import BadInput, RunFailed
+from maquette.figures import number
 from maquette.methods.objectives.causal_lm import CausalLM
 from maquette.parts import Loss
 from maquette.study import evaluating, execute
-from maquette.study.compare import compare
+from maquette.study.compare import _conclude, compare
 from maquette.study.models import export
-from maquette.study.reporting import held_equal
+from maquette.study.pool import Task, TaskDone
+from maquette.study.report_page import render_html, render_markdown
 from maquette.study.store import Store
 from maquette.study.study import parse_study
 
@@ -245,12 +247,62 @@ def test_a_study_of_other_seeds_computes_only_the_new_ones(answered, world, monk
     assert trained == [9, 9]
 
 
-def test_what_is_held_equal_is_computed_from_the_recipes(answered):
-    study, _, _ = answered
-    facts = " ".join(held_equal(study))
-    assert "order of the training rows" in facts
-    assert "optimiser and schedule" not in facts
-    assert "budget: 10step" in facts
+@pytest.fixture(scope="module")
+def with_losses(world, answered):
+    """What is concluded from four seeds when some runs are lost, by the (arm, seed) of these."""
+    _, store, _ = answered
+    arms = data(world)["arms"]
+    arms["again"] = arms["fast"]
+    study = parse_study(data(world, arms=arms, seeds=[0, 1, 2, 9]), name="losses")
+    compare(study, store, OPTIONS)
+    runs = {(run.arm, run.seed): run.digest for run in store.list_runs(study.digest)}
+    runs |= {("again", seed): runs["fast", seed] for seed in study.seeds}  # one run for both
+
+    def conclude(*lost):
+        outcomes = [
+            TaskDone(Task(arm, seed, study.arms[arm]), None, "lost")
+            if (arm, seed) in lost
+            else TaskDone(Task(arm, seed, study.arms[arm]), runs[arm, seed])
+            for arm, seed in runs
+        ]
+        return _conclude(study, store, outcomes, {}).report
+
+    return conclude
+
+
+def test_costs_are_compared_over_the_seeds_that_both_arms_finished(with_losses):
+    report = with_losses(("fast", 9))
+    assert all(charge.ratio == 1 for charge in report.charging)
+    assert {charge.arm for charge in report.charging} == {"fast", "again"}
+    assert report.break_even == []
+    finished = {arm.name: arm.ledger["train"]["flops"] for arm in report.arms}
+    assert finished["fast"] == pytest.approx(0.75 * finished["again"])  # its own bill is whole
+
+
+def test_the_smallest_effect_shown_is_the_one_the_verdicts_used(with_losses):
+    report = with_losses(("fast", 9), ("again", 9))
+    slow, fast, _ = report.arms
+    assert fast.verdict.n_seeds == 3
+    assert report.metric.smallest_effect == fast.verdict.smallest_effect
+    assert report.metric.smallest_effect != pytest.approx(0.005 * slow.mean, rel=1e-9)
+    assert not any("smallest effect" in warning for warning in report.warnings)
+
+
+def test_an_arm_judged_by_a_smallest_effect_of_its_own_is_named(with_losses):
+    report = with_losses(("fast", 9))
+    slow, fast, again = report.arms
+    assert report.metric.smallest_effect == again.verdict.smallest_effect
+    assert report.metric.smallest_effect == pytest.approx(0.005 * slow.mean)
+    [told] = [warning for warning in report.warnings if "smallest effect" in warning]
+    assert told.startswith("fast: judged over the 3 seeds")
+    assert number(fast.verdict.smallest_effect) in told
+
+
+def test_a_share_of_a_baseline_that_never_finished_is_not_known(with_losses):
+    report = with_losses(*(("slow", seed) for seed in (0, 1, 2, 9)))
+    assert report.metric.smallest_effect is None
+    assert "Smallest effect of interest: not known" in render_markdown(report)
+    assert "not known" in render_html(report)
 
 
 def test_an_arm_that_breaks_is_marked_and_the_study_finishes(world, answered):

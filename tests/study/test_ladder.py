@@ -102,6 +102,41 @@ def test_arms_of_different_sizes_or_budgets_cannot_share_a_ladder(key):
         study(arms=arms, ladder={})
 
 
+FIXED = WORKLOAD | {"model": "some/folder"}
+SOURCE = {"name": "source", "workload": FIXED, "budget": "0step"}
+ON = {"name": "on", "init": {"from": "source"}}
+
+
+@pytest.mark.parametrize(
+    ("over", "key"),
+    [
+        ({"workload": FIXED}, "workload.model"),
+        ({"arms": {"plain": {}, "given": {"workload": FIXED}}}, "arms.given.workload.model"),
+        ({"stages": [SOURCE, ON]}, "stages.source.workload.model"),
+        (
+            {"arms": {"plain": {}, "given": {"stages": [SOURCE, ON]}}},
+            "arms.given.stages.source.workload.model",
+        ),
+        (
+            {"stages": [{"name": "small", "size": "300k"}, ON | {"init": {"from": "small"}}]},
+            "stages.small.size",
+        ),
+    ],
+)
+def test_a_model_of_a_fixed_size_is_no_rung_of_a_ladder(over, key):
+    study(**over)  # which `compare` can ask
+    with pytest.raises(BadInput, match="at every size of the ladder") as caught:
+        study(**over, ladder={})
+    assert caught.value.key == key
+    assert caught.value.mend
+
+
+def test_a_teacher_of_a_fixed_size_may_teach_every_size():
+    pupil = {"name": "pupil", "objective": {"type": "salt", "teacher": "source"}}
+    laddered = study(stages=[SOURCE, pupil], arms={"a": {}, "b": {"reseed": 1}}, ladder={})
+    assert laddered.ladder
+
+
 def test_stages_of_the_recipes_size_and_budget_follow_the_ladder_and_others_stay():
     recipe = parse_recipe(
         {

@@ -14,6 +14,7 @@ from maquette.study.execute import execute, train_stages
 from maquette.study.models import export, load_subject
 
 MEMBERS = [{"name": "a"}, {"name": "b", "reseed": 1}]
+BOTH = {"name": "both", "init": {"ensemble": ["a", "b"]}, "budget": "0step"}
 
 
 def plan(world, *stages, **over):
@@ -29,8 +30,7 @@ def plan(world, *stages, **over):
 
 @pytest.fixture(scope="module")
 def ensemble(world):
-    last = {"name": "both", "init": {"ensemble": ["a", "b"]}, "budget": "0step"}
-    return world.train(plan(world, *MEMBERS, last))
+    return world.train(plan(world, *MEMBERS, BOTH))
 
 
 def loaded(run):
@@ -158,6 +158,59 @@ def test_a_stage_that_is_only_read_bills_the_cause_its_reader_names(world):
     paid = judge.ledger.total("flops", ("train",))
     assert paid > 0
     assert record.ledger["helper"]["flops"] == pytest.approx(paid)
+
+
+def billing(seed):
+    """A data part that removes a tenth and bills 2 to the power of its seed."""
+    base = find("data_op", "random-removal")
+
+    class Billing(base):
+        type: ClassVar[str] = base.type
+
+        def digest_key(self):
+            return f"billing {super().digest_key()}"
+
+        def fit(self, sample, ctx):
+            ctx.ledger.bill("scorer", flops=2.0**self.seed)
+            return super().fit(sample, ctx)
+
+    return Billing(fraction=0.1, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("stages", "flops"),
+    [
+        ([{"name": "a", "data": [5]}, {"name": "b", "data": [5], "init": {"from": "a"}}], 32),
+        ([{"name": "a", "data": [5]}, {"name": "b", "data": [6], "init": {"from": "a"}}], 96),
+        ([{"name": "a", "data": [5]}, {"name": "b", "data": [5, 6], "init": {"from": "a"}}], 96),
+        ([{"name": "a", "data": [5]}, {"name": "b", "data": [6, 5], "init": {"from": "a"}}], 128),
+        ([{**m, "data": [5]} for m in MEMBERS] + [BOTH | {"data": [5]}], 32),
+    ],
+)
+def test_a_data_part_that_several_stages_share_is_billed_once(world, stages, flops):
+    parts = [s | {"data": [billing(seed) for seed in s["data"]]} for s in stages]
+    recipe = parse_recipe(plan(world, *parts, budget="1step", evaluate=[]))
+    store = world.store("shared")
+    assert store.run(execute(recipe, 0, store, OPTIONS)).ledger["scorer"]["flops"] == flops
+
+
+def test_what_a_helper_shares_with_the_result_is_billed_to_the_causes_of_the_result(world):
+    base = find("objective", "causal-lm")
+
+    class Judged(base):
+        type: ClassVar[str] = base.type
+
+        def reads(self):
+            return {"judge": "helper"}
+
+    data = [billing(7)]
+    stages = [{"name": "judge", "data": data}, {"name": "pupil", "data": data}]
+    stages[1]["objective"] = Judged()
+    recipe, store = parse_recipe(plan(world, *stages, budget="1step")), world.store("shared")
+    bill = store.run(execute(recipe, 0, store, OPTIONS)).ledger
+    judge = train_stages(recipe, 0, store, OPTIONS)["judge"].ledger
+    assert bill["scorer"]["flops"] == judge.total("flops", ("scorer",)) == 128
+    assert bill["helper"]["flops"] == judge.total("flops", ("train",))
 
 
 def test_a_part_that_reads_an_unfinished_stage_is_told_so(world):

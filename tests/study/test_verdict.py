@@ -12,7 +12,7 @@ from scipy import stats
 from maquette.figures import number
 from maquette.study.charging import (
     break_even,
-    break_even_sentences,
+    break_even_sentence,
     charged,
     charging_sentence,
     cost,
@@ -252,14 +252,17 @@ def test_what_is_paid_once_breaks_even_where_the_amortised_costs_meet() -> None:
     assert amortised[0] == pytest.approx(amortised[1])
     assert break_even(tables, network) == 1  # cheaper from the start
     assert break_even(network, {"train": {"flops": 100.0}}) is None  # no number is enough
-    (sentence,) = break_even_sentences({"network": network, "tables": tables})
+    assert break_even_sentence(tables, network, "tables", "network") == ""
+    sentence = break_even_sentence(network, tables, "network", "tables")
     assert "network pays more once and less for every model than tables" in sentence
     assert "shared by 7 models or more" in sentence
 
 
 def test_arms_that_cost_the_same_have_no_break_even_to_speak_of() -> None:
     one = {"train": {"flops": 90.0}, "scorer": {"flops": 11.0}}
-    assert break_even_sentences({"one": one, "other": {"train": {"flops": 100.0}}}) == []
+    other = {"train": {"flops": 100.0}}
+    assert break_even_sentence(one, other, "one", "other") == ""
+    assert break_even_sentence(other, one, "other", "one") == ""
 
 
 def test_equal_means_within_two_percent() -> None:

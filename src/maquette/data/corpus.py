@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,9 @@ class Corpus:
     dropped_files: tuple[Path, ...]
     card: dict[str, Any]
     """Documents, bytes and tokens read, dropped by reason, and kept, as plain values."""
+    bills: dict[str, Any] = field(default_factory=dict)
+    """{layer: ledger} of what each data part billed. The layer names the part and all before it, so
+    corpora that share a beginning of their data parts share its names."""
 
     def part(self, name: str) -> PackedTokens:
         """The tokens of a part. Raises BadInput if the corpus was prepared without it."""
@@ -156,7 +159,7 @@ def prepare(
             key="dev_fraction",
             mend="0.1, or `tokenizer: null` to train it on the training part",
         )
-    base, top = _layers(spec, rules, fractions, ops, cache, ctx, InProcess(), tell)
+    base, top, bills = _layers(spec, rules, fractions, ops, cache, ctx, InProcess(), tell)
     dropped_files = [folder / "dropped.parquet" for folder in dict.fromkeys((base, top))]
     trained = _tokenizer_folder(tokenizer, base, cache, tell)
     files = {"train": top / "train.parquet"}
@@ -167,7 +170,8 @@ def prepare(
         build = partial(_tokens, path, trained, tell=tell)
         folder = built_once(cache, f"tokens-{key}", build)
         parts[part] = (path, folder)
-    return Corpus(parts, trained, tuple(dropped_files), _card(spec, base, top, trained, parts))
+    card = _card(spec, base, top, trained, parts)
+    return Corpus(parts, trained, tuple(dropped_files), card, bills)
 
 
 @dataclass(frozen=True)
@@ -210,7 +214,7 @@ def curate(
     rules = (dedup or DedupSpec()).model_copy(update={"group": None})
     tell = progress or (lambda *_: None)
     running, cache = engine or InProcess(), Path(cache)
-    base, top = _layers(spec, rules, none, ops, cache, ctx, running, tell, allow_empty)
+    base, top, _ = _layers(spec, rules, none, ops, cache, ctx, running, tell, allow_empty)
     folders = tuple(dict.fromkeys((base, top)))
     first = read_card(base)
     card = {
@@ -232,23 +236,32 @@ def _layers(
     engine: Engine,
     tell: Progress,
     allow_empty: bool = False,
-) -> tuple[Path, Path]:
-    """Folders of the documents, and of what data parts left of the training part."""
+) -> tuple[Path, Path, dict[str, Any]]:
+    """Folders of the documents, and of what data parts left of the training part; their bills."""
     key = digest(_FORMAT, spec.model_dump(), rules.model_dump(), fractions, fingerprint(spec))
     base = built_once(
         cache, f"documents-{key}", lambda to: _documents(spec, rules, fractions, engine, to, tell)
     )
     if not ops:
-        return base, base
-    read = {name: ctx.stage(name).digest for op in ops for name in op.reads()}
-    facts = [*([read] if read else []), *(["may be empty"] if allow_empty else [])]
-    key = digest(_FORMAT, base.name, [op.digest_key() for op in ops], *facts)
+        return base, base, {}
+    keys = [op.digest_key() for op in ops]
+
+    def curated(n: int) -> str:
+        """Name of what the first n data parts leave."""
+        read = {name: ctx.stage(name).digest for op in ops[:n] for name in op.reads()}
+        facts = [*([read] if read else []), *(["may be empty"] if allow_empty else [])]
+        return f"curated-{digest(_FORMAT, base.name, keys[:n], *facts)}"
+
     steps = partial(run_steps, base / "train.parquet", ops, ctx, engine, allow_empty=allow_empty)
-    top = built_once(cache, f"curated-{key}", lambda to: steps(to, tell))
-    if ctx is not None:
-        # What the parts cost is paid by every run that uses them, whoever computed them first.
-        ctx.ledger.add(type(ctx.ledger).from_dict(read_card(top)["ledger"]))
-    return base, top
+    top = built_once(cache, curated(len(ops)), lambda to: steps(to, tell))
+    if ctx is None:
+        return base, top, {}
+    card = read_card(top)
+    # What the parts cost is paid by every run that uses them, whoever computed them first.
+    ctx.ledger.add(type(ctx.ledger).from_dict(card["ledger"]))
+    if "bills" not in card:  # of a cache from before bills were kept by part
+        return base, top, {top.name: card["ledger"]}
+    return base, top, {curated(n): bill for n, bill in enumerate(card["bills"], 1)}
 
 
 def _documents(

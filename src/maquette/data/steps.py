@@ -93,18 +93,19 @@ def run_steps(
 
     allow_empty: a step may drop every document; those after it then have nothing to do.
     Returns {"ops": [{part, dropped by reason, warnings}], "train": {documents, bytes, digest},
-    "ledger": what the parts billed}.
+    "bills": what each step billed, "ledger": their sum}.
     Raises KeepsNothing if a step leaves no document and may not.
     """
-    first, stages = source, []
-    if ctx is not None:
-        held_out = source.with_name("held_out.parquet")
-        ctx = replace(ctx, ledger=type(ctx.ledger)(), held_out=held_out)
+    first, stages, bills = source, [], []
+    total = type(ctx.ledger)() if ctx is not None else None
+    held_out = source.with_name("held_out.parquet")
     with DocumentWriter(to / "dropped.parquet", DROPPED) as left_out:
         for n, step in enumerate(steps):
             name = _name(step)
             target = to / f"stage-{n}.parquet"
             run = _select if isinstance(step, Selector) else _apply
+            if ctx is not None:
+                ctx = replace(ctx, ledger=type(ctx.ledger)(), held_out=held_out)
             try:
                 out, why, warnings = run(step, source, target, left_out, ctx, engine, tell)  # type: ignore[arg-type]
             except KeepsNothing:
@@ -119,6 +120,9 @@ def run_steps(
                     "--allow-empty` writes an empty one",
                 )
             stages.append({"part": name, "dropped": dict(why), "warnings": warnings})
+            if total is not None:
+                bills.append(ctx.ledger.as_dict())
+                total.add(ctx.ledger)
             if source != first:
                 source.unlink()
             source = target
@@ -126,8 +130,8 @@ def run_steps(
                 break
     source.rename(to / "train.parquet")
     counts = {"documents": out.documents, "bytes": out.bytes, "digest": out.digest}
-    ledger = ctx.ledger.as_dict() if ctx is not None else None
-    return {"ops": stages, "train": counts, "ledger": ledger}
+    ledger = total.as_dict() if total is not None else None
+    return {"ops": stages, "train": counts, "bills": bills, "ledger": ledger}
 
 
 def _drop_all(

@@ -79,24 +79,22 @@ def break_even(arm: Ledger, other: Ledger, *, unit: str = "flops") -> float | No
     return (once_arm - once_other) / (again_other - again_arm)
 
 
-def break_even_sentences(ledgers: Mapping[str, Ledger], *, unit: str = "flops") -> list[str]:
-    """For each pair of arms: from how many models on the one that pays more once costs less.
+def break_even_sentence(
+    mine: Ledger, theirs: Ledger, arm: str, other: str, *, unit: str = "flops"
+) -> str:
+    """From how many models on `arm`, which pays more once, costs less than `other`; "" if it pays
+    no more (within 2%) when all is charged, or no number is enough.
 
-    Arms that cost the same (within 2%) when all is charged are left out.
+    mine, theirs: ledgers over the same number of runs.
     """
-    said = []
-    for arm, mine in ledgers.items():
-        for other, theirs in ledgers.items():
-            found = break_even(mine, theirs, unit=unit)
-            dearer = cost(mine, "all", unit=unit) > (1 + EQUAL_WITHIN) * cost(
-                theirs, "all", unit=unit
-            )
-            if found is not None and dearer:
-                said.append(
-                    f"{arm} pays more once and less for every model than {other}: shared by "
-                    f"{math.ceil(found)} models or more, it costs less."
-                )
-    return said
+    found = break_even(mine, theirs, unit=unit)
+    dearer = cost(mine, "all", unit=unit) > (1 + EQUAL_WITHIN) * cost(theirs, "all", unit=unit)
+    if found is None or not dearer:
+        return ""
+    return (
+        f"{arm} pays more once and less for every model than {other}: shared by "
+        f"{math.ceil(found)} models or more, it costs less."
+    )
 
 
 def _total(ledger: Ledger, causes: Sequence[str], unit: str) -> float:

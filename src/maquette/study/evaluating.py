@@ -86,11 +86,8 @@ def _evaluate(
         start = time.perf_counter()
         tables.append(checked(audit.measure(subject, corpus, ctx), type(audit).type))
         log.info("%s took %.1f s", type(audit).type, time.perf_counter() - start)
-    total = Ledger()
+    total = stages_cost(recipe, done)
     total.add(ctx.ledger)
-    for stage, cause in recipe.charged_to().items():
-        cost = done[stage].ledger
-        total.add(cost.under(cause) if cause else cost)
     warnings: dict[str, str] = {}
     for trained in done.values():
         warnings |= store.run(trained.digest).metrics.get("warnings", {})
@@ -108,6 +105,22 @@ def _evaluate(
         items=items,
         machine=machine_facts(ctx.device, last.ctx.team),
     )
+
+
+def stages_cost(recipe: Recipe, done: Mapping[str, Trained]) -> Ledger:
+    """What the stages of a run cost. A curated layer that several of them train on is paid once,
+    under its own causes where one of them keeps those."""
+    total, paid = Ledger(), set[str]()
+    charged = recipe.charged_to()
+    for stage in sorted(charged, key=lambda name: charged[name] is not None):
+        cost = done[stage].ledger
+        for layer, bill in done[stage].curation.items():
+            if layer in paid:
+                cost = cost.without(bill)
+            paid.add(layer)
+        cause = charged[stage]
+        total.add(cost.under(cause) if cause else cost)
+    return total
 
 
 def _scored_on(corpus: Corpus, part: str) -> Corpus:

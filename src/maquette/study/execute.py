@@ -60,7 +60,8 @@ class Trained:
     """A finished stage: where it lies, and how to get its modules back.
 
     ctx: as the stage was trained with; its ledger is not the run's.
-    parents: run folders of the stages it started from. ledger: what it cost.
+    parents: run folders of the stages it started from. ledger: what it cost, its data parts
+    included. curation: what those cost, by the curated layer that each of them made.
     """
 
     digest: str
@@ -69,6 +70,7 @@ class Trained:
     ctx: Ctx
     parents: tuple[Path, ...]
     ledger: Ledger
+    curation: Mapping[str, Ledger]
 
     @property
     def corpus(self) -> Corpus:
@@ -272,7 +274,8 @@ def train_stage(
     ledger = Ledger.from_dict(
         {"causes": record.ledger, "peak_memory": record.metrics.get("peak_memory", 0)}
     )
-    return Trained(name, folder, stage, replace(ctx, ledger=Ledger()), parents, ledger)
+    curation = {layer: Ledger.from_dict(bill) for layer, bill in corpus.bills.items()}
+    return Trained(name, folder, stage, replace(ctx, ledger=Ledger()), parents, ledger, curation)
 
 
 def _keep(outcome: Outcome, stage: Stage, ctx: Ctx, store: Store, name: str) -> None:

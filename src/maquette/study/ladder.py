@@ -180,9 +180,14 @@ def anchor(recipe: Recipe) -> Stage:
 
 
 def check_arms(arms: Mapping[str, Recipe], where: object = None) -> None:
-    """Refuse arms that a ladder cannot move together: of different sizes or budgets."""
+    """Refuse arms that a ladder cannot move, or not together.
+
+    Raises BadInput for arms of different sizes or budgets, and for a result made from a model whose
+    size is fixed, which would be one model on every rung.
+    """
     first = next(iter(arms))
     for arm, recipe in arms.items():
+        _check_sizes_grow(arm, recipe, where)
         for key in ("size", "budget"):
             mine, theirs = getattr(anchor(recipe), key), getattr(anchor(arms[first]), key)
             if mine != theirs:
@@ -194,6 +199,42 @@ def check_arms(arms: Mapping[str, Recipe], where: object = None) -> None:
                     key=f"arms.{arm}.{key}",
                     mend=f"leave `{key}` out of the arms; `compare` judges arms that differ in it",
                 )
+
+
+def _check_sizes_grow(arm: str, recipe: Recipe, where: object) -> None:
+    made_from = recipe.charged_to()
+    for stage in recipe.stages:
+        model = getattr(stage.workload, "model", None)
+        if model is None or stage.init is not None or made_from[stage.name] is not None:
+            continue  # built by size, made from another stage, or only read, as a teacher is
+        key = ("" if stage.name == "train" else f"stages.{stage.name}.") + "workload.model"
+        raise BadInput(
+            f"`{arm}` starts from `{model}`, whose size is fixed: it would be the same model at "
+            "every size of the ladder",
+            where=where,
+            key=f"arms.{arm}.{key}" if key.split(".")[0] in recipe.own else key,
+            mend=f"leave `model` out, and a model of each size is built (`tokenizer: {model}` "
+            "keeps its tokenizer); `compare` judges arms that start from one model",
+        )
+    for name in _ancestors(anchor(recipe), recipe):
+        size = next(stage.size for stage in recipe.stages if stage.name == name)
+        if size != anchor(recipe).size:
+            raise BadInput(
+                f"`{arm}` goes on from `{name}` of the size {size.name}, which stays as it is: the "
+                "model would be the same at every size of the ladder",
+                where=where,
+                key=f"{f'arms.{arm}.' if 'stages' in recipe.own else ''}stages.{name}.size",
+                mend=f"size: {anchor(recipe).size.name}, as the stage that goes on from it",
+            )
+
+
+def _ancestors(stage: Stage, recipe: Recipe) -> list[str]:
+    """Names of the stages that this one was made from."""
+    found = list(stage.init.stages) if stage.init else []
+    for parent in recipe.stages:
+        if parent.name in found:
+            found += _ancestors(parent, recipe)
+    return found
 
 
 def on_rung(recipe: Recipe, size: Size, rule: Rule) -> Recipe:

@@ -21,11 +21,12 @@ class _Part(BaseModel):
 
 
 class Metric(_Part):
-    """The primary metric. smallest_effect: absolute, in `unit`."""
+    """The primary metric. smallest_effect: absolute, in `unit`, as the verdicts used it; None where
+    it is a share of the baseline's mean and no run of the baseline has finished."""
 
     name: str
     direction: Direction
-    smallest_effect: float
+    smallest_effect: Number
     unit: str = ""
 
 

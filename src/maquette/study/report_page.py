@@ -82,7 +82,7 @@ def _effect_text(verdict: Verdict) -> dict[str, str]:
 
 def _value_places(report: Report) -> int:
     """Decimal places for the metric's own values: enough to see its smallest effect."""
-    return places_for(report.metric.smallest_effect)
+    return places_for(report.metric.smallest_effect or 0.0)
 
 
 def _values_view(report: Report, of: Arm | Untrained) -> dict[str, Any]:
@@ -143,7 +143,8 @@ def _forest(report: Report) -> str:
     if not effects:
         return ""
     metric = report.metric.name + (f" ({report.metric.unit})" if report.metric.unit else "")
-    return plots.forest(effects, report.metric.smallest_effect, metric, report.metric.direction)
+    smallest = report.metric.smallest_effect or 0.0
+    return plots.forest(effects, smallest, metric, report.metric.direction)
 
 
 def _curve_plots(report: Report) -> list[dict[str, Any]]:
@@ -207,11 +208,12 @@ def _warnings(report: Report) -> list[str]:
 
 def _context(report: Report) -> dict[str, Any]:
     views = [_arm_view(report, arm) for arm in report.arms]
+    smallest = report.metric.smallest_effect
     return {
         "r": report,
         "arms": views,
         "judged": [v for v in views if v["arm"].verdict],
-        "smallest": number(report.metric.smallest_effect),
+        "smallest": "not known" if smallest is None else f"±{number(smallest)}",
         "seeds": [str(seed) for seed in report.seeds],
         "warnings": _warnings(report),
         "charging_notes": _charging_notes(report),

@@ -6,7 +6,7 @@ import datetime
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import permutations
 
 import pyarrow as pa
 import yaml
@@ -16,11 +16,12 @@ from maquette.figures import number
 from maquette.study import report as form
 from maquette.study.charging import (
     Charge,
-    break_even_sentences,
+    break_even_sentence,
     charged,
     charging_sentence,
     rules_disagree,
 )
+from maquette.study.held_equal import held_equal
 from maquette.study.records import RunRecord
 from maquette.study.statistics import MIN_SEEDS
 from maquette.study.store import Store
@@ -66,17 +67,16 @@ def build(
     base = next(view for view in views if view.name == study.baseline)
     charges: list[Charge] = []
     warnings = [*_warnings(study, arms), *_failed_reference(untrained), *notes]
-    ledgers = {name: _total_ledger(runs) for name, runs in arms.items()}
-    for name, ledger in ledgers.items():
-        if name != study.baseline and ledger and ledgers[study.baseline]:
-            mine = charged(
-                ledger, ledgers[study.baseline], amortise_over=study.amortise_over, name=name
-            )
+    for name in arms:
+        if name != study.baseline and (both := _paired_costs(arms[name], arms[study.baseline])):
+            mine = charged(*both, amortise_over=study.amortise_over, name=name)
             charges += mine
             if rules_disagree(mine):
                 warnings.append(charging_sentence(mine, name))
     machine = next((r.machine for runs in arms.values() for r in runs.records.values()), {})
-    mean = base.mean if base.mean is not None else 0.0
+    judged = verdicts.get(primary, {})
+    smallest = _smallest_effect(study, judged, base.mean)
+    warnings += _other_smallest_effects(judged, smallest)
     return form.Report(
         maquette_version=maquette.__version__,
         study_name=study.name,
@@ -89,7 +89,7 @@ def build(
         metric=form.Metric(
             name=primary,
             direction=study.direction(primary),
-            smallest_effect=resolve_smallest_effect(study.metric.smallest_effect, mean),
+            smallest_effect=smallest,
         ),
         baseline=study.baseline,
         arms=views,
@@ -97,12 +97,41 @@ def build(
         warnings=warnings,
         rerun=_rerun(study, store),
         charging=charges,
-        break_even=break_even_sentences({n: ledger for n, ledger in ledgers.items() if ledger}),
+        break_even=[
+            said
+            for one, other in permutations(arms.values(), 2)
+            if (both := _paired_costs(one, other))
+            and (said := break_even_sentence(*both, one.name, other.name))
+        ],
         tuning=[_tuning_view(arm) for arm in tuned.values()],
         untrained=_reference_view(study, untrained),
         too_early=early,
         summaries=tables(study, {name: runs.items for name, runs in arms.items()}),
     )
+
+
+def _smallest_effect(
+    study: Study, judged: Mapping[str, Verdict], baseline: float | None
+) -> float | None:
+    """The one the verdicts were reached by: of the arm with most pairs, where a share of the
+    baseline's mean over an arm's own pairs differs. Where nothing was judged, of the mean over all
+    runs of the baseline; None if that has none."""
+    if judged:
+        return max(judged.values(), key=lambda verdict: verdict.n_seeds).smallest_effect
+    try:
+        return resolve_smallest_effect(study.metric.smallest_effect, baseline or 0.0)
+    except ValueError:
+        return None
+
+
+def _other_smallest_effects(judged: Mapping[str, Verdict], shown: float | None) -> list[str]:
+    """Which arms lost seeds and so were judged by another one than the report shows."""
+    return [
+        f"{arm}: judged over the {v.n_seeds} seeds that it and the baseline finished, and so by a "
+        f"smallest effect of ±{number(v.smallest_effect)}"
+        for arm, v in judged.items()
+        if v.smallest_effect != shown
+    ]
 
 
 def _tuning_view(arm: Tuned) -> form.TunedArm:
@@ -131,7 +160,7 @@ def _arm_view(
         verdict=verdicts.get(primary, {}).get(runs.name),
         values=values,
         mean=_mean(values.values()),
-        ledger=dict(_total_ledger(runs)),
+        ledger=dict(_costs(runs, runs.records)),
         curves={str(seed): _curve(store, record) for seed, record in runs.records.items()},
         loss=loss,
         status="failed" if too_few else "done",
@@ -219,11 +248,22 @@ def _failed_reference(untrained: ArmRuns) -> list[str]:
 # --- costs, curves, warnings ---------------------------------------------------------------------
 
 
-def _total_ledger(runs: ArmRuns) -> dict[str, dict[str, float]]:
-    """Cause -> unit -> total over the arm's finished runs."""
-    ledger: dict[str, dict[str, float]] = {}
-    for record in runs.records.values():
-        for cause, entry in record.ledger.items():
+Costs = dict[str, dict[str, float]]
+"""Cause -> unit -> total over runs."""
+
+
+def _paired_costs(one: ArmRuns, other: ArmRuns) -> tuple[Costs, Costs] | None:
+    """What two arms cost under the seeds that both finished, as a verdict pairs them; None where
+    there are none. Over other numbers of runs, costs say nothing of each other."""
+    seeds = one.records.keys() & other.records.keys()
+    return (_costs(one, seeds), _costs(other, seeds)) if seeds else None
+
+
+def _costs(runs: ArmRuns, seeds: Collection[int]) -> Costs:
+    """Totals over the arm's runs of these seeds."""
+    ledger: Costs = {}
+    for seed in sorted(seeds):
+        for cause, entry in runs.records[seed].ledger.items():
             into = ledger.setdefault(cause, {})
             for unit, amount in entry.items():
                 into[unit] = into.get(unit, 0.0) + amount
@@ -285,46 +325,6 @@ def _warnings(study: Study, arms: dict[str, ArmRuns]) -> list[str]:
             "the method had its learning rate searched"
         )
     return found
-
-
-def held_equal(study: Study) -> list[str]:
-    """What every arm shares, in words; computed from the recipes, not assumed."""
-    recipes = list(study.arms.values())
-    facts: dict[str, list[Any]] = {
-        "the corpus, its duplicates removed, and the held-out documents": [
-            (str(getattr(r.last.workload, "corpus", "")), tuple(map(repr, r.last.data)))
-            for r in recipes
-        ],
-        "the tokenizer": [
-            (
-                getattr(r.last.workload, "vocabulary", 0),
-                getattr(r.last.workload, "tokenizer", None),
-                bool(r.last.surgery),
-            )
-            for r in recipes
-        ],
-        "model shape and initial weights, wherever shapes agree (per seed)": [
-            (r.last.size.name, getattr(r.last.workload, "model", None)) for r in recipes
-        ],
-        "order of the training rows (per seed)": [
-            (repr(r.last.feed), r.last.length, r.last.rows) for r in recipes
-        ],
-        "optimiser and schedule": [repr(r.last.optim) for r in recipes],
-        "budget": [str(r.last.budget) for r in recipes],
-        "evaluation items": [
-            sorted(repr(audit) for audit in recipe.evaluate) for recipe in recipes
-        ],
-    }
-    equal = [fact for fact, seen in facts.items() if all(v == seen[0] for v in seen)]
-    if "budget" in equal:
-        unit = recipes[0].last.budget.unit
-        words = {"flop": "counted training FLOPs, every side cost included", "tok": "tokens"}
-        equal[equal.index("budget")] = (
-            f"budget: {recipes[0].last.budget} of {words.get(unit, unit)}, to within a step"
-            if unit in words
-            else f"budget: {recipes[0].last.budget}"
-        )
-    return equal
 
 
 def _rerun(study: Study, store: Store) -> list[str]:

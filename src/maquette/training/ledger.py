@@ -73,6 +73,14 @@ class Ledger:
             self.bill(cause, **asdict(entry))
         self.peak_memory = max(self.peak_memory, other.peak_memory)
 
+    def without(self, other: Ledger) -> Ledger:
+        """These costs less those of `other`, which they hold; none falls below 0."""
+        left = Ledger(peak_memory=self.peak_memory)
+        for cause, entry in self.entries.items():
+            less = asdict(other.entries.get(cause, Entry()))
+            left.bill(cause, **{k: max(0, v - less[k]) for k, v in asdict(entry).items()})
+        return left
+
     def under(self, cause: str) -> Ledger:
         """The same costs with all but evaluation billed to one cause."""
         moved = Ledger(peak_memory=self.peak_memory)
