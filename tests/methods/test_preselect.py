@@ -105,10 +105,19 @@ def test_a_document_is_never_positive_and_negative():
     assert (high.tolist(), low.tolist()) == ([5], [0])
 
 
-@pytest.mark.parametrize("choose", ["quantile", "exact"])
-def test_nothing_to_tell_apart_is_refused_with_the_histogram(choose):
-    with pytest.raises(ValueError, match=r"S=0\.50: 6"):
-        choose_extremes(np.full(6, 0.5), 0.25, choose)
+@pytest.mark.parametrize(
+    ("strength", "choose", "says"),
+    [
+        (np.full(6, 0.5), "quantile", r"6 of 6 documents have S = 0\.50.*S=0\.50: 6"),
+        (np.full(6, 0.5), "exact", r"none of the 6 documents has S = 1.*S=0\.50: 6"),
+        ([2 / 3] + [1.0] * 29, "quantile", r"29 of 30 documents have S = 1\.00.*S=0\.67: 1"),
+        ([2 / 3] + [1.0] * 29, "exact", r"29 of 30 documents have S = 1\.00.*S=0\.67: 1"),
+        ([], "quantile", "no documents"),
+    ],
+)
+def test_nothing_to_tell_apart_is_refused_with_the_histogram(strength, choose, says):
+    with pytest.raises(ValueError, match=says):
+        choose_extremes(np.array(strength), 0.25, choose)
 
 
 def test_the_histogram_counts_every_value():
@@ -357,8 +366,17 @@ def test_models_that_rank_everything_alike_are_refused_with_the_histogram(ctx):
     same = {n: FinishedStage(n, ctx.cache, lambda: Subject(skilled(0.5), BYTES)) for n in SHARES}
     blind = Ctx(ctx.device, 0, ctx.cache, Ledger(), stages=same)
     options = {**OPTIONS, "scores": (1, 2, 3, 4, 5, 6)}
-    with pytest.raises(BadInput, match=r"tell apart.*S=0\.00: 40"):
+    with pytest.raises(BadInput, match=r"told apart.*S=0\.00: 40") as caught:
         run(PredictiveSelection(**options), blind)
+    assert caught.value.key == "ladder"
+    assert "equal models on different mixtures" in caught.value.mend
+
+
+def test_a_ladder_whose_s_is_never_one_is_no_fault_of_the_ladder_under_exact(ctx):
+    options = {**OPTIONS, "shuffle_ladder": 1, "shuffle": "once", "choose": "exact"}
+    with pytest.raises(BadInput, match="documents has S = 1, which `exact` asks for") as caught:
+        run(PredictiveSelection(**options), ctx)
+    assert (caught.value.key, caught.value.mend) == ("choose", "`choose: quantile`")
 
 
 def test_the_spec_is_json_and_reads_back():

@@ -56,6 +56,7 @@ from maquette.evaluation.membership import auroc
 from maquette.evaluation.model_ladder import check_benchmark, ladder_losses, uninformative_order
 from maquette.evaluation.predictive_strength import (
     Choose,
+    Indistinct,
     Ties,
     choose_extremes,
     enrichment,
@@ -70,6 +71,7 @@ SEEDS, TARGET, SHUFFLED = b"preselect.seeds", b"preselect.target", b"preselect.m
 RESERVED = "preselect learnt from this document"
 SATURATED = 0.5
 """Share of documents tied at S = 0 or S = 1 from which the ladder tells too little."""
+MIXTURES = "use a ladder of equal models on different mixtures of the data"
 Shuffle = Literal["each", "once"]
 
 
@@ -191,6 +193,10 @@ print(scorer.scores(["the theorem", "buy here"]).round(2), scorer.influence(["th
             raise ValueError(f"stride must be < length, got {self.stride} >= {self.length}")
         return self
 
+    @property
+    def _ladder_key(self) -> str:
+        return "ladder" if self.ladder else "ladder_models"
+
     def reads(self) -> Mapping[str, str]:
         return dict.fromkeys(self.ladder, "helper")
 
@@ -255,7 +261,7 @@ print(scorer.scores(["the theorem", "buy here"]).round(2), scorer.influence(["th
             drawn = hash64("".join(m.digest for m in models), SHUFFLED)
             rng = np.random.default_rng([self.shuffle_ladder, drawn])
             losses_ND = rng.permuted(losses_ND, axis=0)
-        with _explained("ladder"):
+        with _explained(self._ladder_key):
             strength = predictive_strength(
                 losses_ND,
                 scores,
@@ -307,10 +313,20 @@ print(scorer.scores(["the theorem", "buy here"]).round(2), scorer.influence(["th
     ) -> tuple[HashedClassifier, int]:
         """(the classifier, how many texts of each label it learnt from)."""
         ties = hash_ids(ids, SEEDS)
-        with _explained("extreme_fraction"):
+        try:
             high, low = choose_extremes(
                 strength, self.extreme_fraction, self.choose, tie_break=ties
             )
+        except Indistinct as error:
+            # A few values of S without an end at 1 are no fault of the ladder, but of `exact`.
+            exact = self.choose == "exact" and strength.max(initial=0) < 1
+            spread = len(np.unique(strength)) > 1
+            raise BadInput(
+                f"the ladder tells too little: {error}",
+                where=NAME,
+                key="choose" if exact and spread else self._ladder_key,
+                mend="`choose: quantile`" if exact and spread else f"{MIXTURES}, or further models",
+            ) from None
         terms: list[int] = []
         with ctx.ledger.meter("scorer"):
             fitted = self.scorer.fit(
@@ -361,7 +377,7 @@ print(scorer.scores(["the theorem", "buy here"]).round(2), scorer.influence(["th
             if share > SATURATED:
                 notes[f"{NAME} saturated"] = (
                     f"S = {end:g} for {share:.0%} of the seeds: the models order nearly every "
-                    "document alike. Use a ladder of equal models on different mixtures"
+                    f"document alike; {MIXTURES}"
                 )
         if len(np.unique(strength)) < 3:
             notes[f"{NAME} degenerate"] = (
