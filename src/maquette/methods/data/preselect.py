@@ -13,7 +13,7 @@ mixtures of the data does not, and positives are then a quantile rather than S =
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -51,7 +51,7 @@ from maquette.data.scores import (
     threshold_by_characters,
 )
 from maquette.data.seeds import Pool, Rows, Seeds, benchmark_rows, refuse_held_out, seed_rows
-from maquette.errors import BadInput
+from maquette.errors import BadInput, did_you_mean
 from maquette.evaluation.membership import auroc
 from maquette.evaluation.model_ladder import check_benchmark, ladder_losses, uninformative_order
 from maquette.evaluation.predictive_strength import (
@@ -143,7 +143,8 @@ print(scorer.scores(["the theorem", "buy here"]).round(2), scorer.influence(["th
     )
 
     ladder: tuple[str, ...] = ()
-    """Stages of this recipe whose models form the ladder: of one size and on different mixtures."""
+    """Stages of this recipe whose models form the ladder: of one size and on different mixtures.
+    No two may be one run."""
     ladder_models: tuple[str, ...] = ()
     """Folders of Hugging Face models instead, all of one family."""
     scores: tuple[float, ...] | None = None
@@ -200,6 +201,18 @@ print(scorer.scores(["the theorem", "buy here"]).round(2), scorer.influence(["th
     def reads(self) -> Mapping[str, str]:
         return dict.fromkeys(self.ladder, "helper")
 
+    def apart(self) -> Collection[str]:
+        return self.ladder
+
+    def check_domains(self, domains: Collection[str]) -> None:
+        if self.target and not any(matches(domain, self.target) for domain in domains):
+            raise BadInput(
+                f"no domain of the corpus matches {', '.join(self.target)}",
+                where=NAME,
+                key="target",
+                mend=did_you_mean(self.target[0], sorted(domains)[:200]),
+            )
+
     def digest_key(self) -> str:
         folders = [model_folder(path).digest for path in self.ladder_models]
         return json.dumps([self.spec(), folders], sort_keys=True)
@@ -213,6 +226,7 @@ print(scorer.scores(["the theorem", "buy here"]).round(2), scorer.influence(["th
         it cost.
         """
         pool = Pool.of(sample)
+        self.check_domains(set(pool.domains))
         models = [finished_stage(name, ctx) for name in self.ladder]
         models += [model_folder(path, ctx) for path in self.ladder_models]
         target, seeds = self._roles(pool)
