@@ -134,3 +134,16 @@ def test_an_init_that_names_no_stages_is_refused(value):
         parse_init(value, "my.yaml", "stages.b.init")
     assert caught.value.key == "stages.b.init"
     assert caught.value.mend
+
+
+def test_a_ladder_of_one_run_twice_is_refused_with_the_key_of_the_part():
+    read = {"l1": "helper", "l2": "helper", "l3": "helper"}
+    reader = Node("b", (), read, apart={"data.0.ladder": tuple(read)})
+    twins = Node("l1", own="x"), Node("l2", own="y"), Node("l3", own="x")
+    error = refused(*twins, reader)
+    assert (error.key, error.mend) == (
+        "stages.b.data.0.ladder",
+        "give `l3` a `reseed` of its own",
+    )
+    assert "`l1` and `l3` are one run under two names" in error.what
+    assert in_order([*twins, Node("b", (), read)], {}, None)

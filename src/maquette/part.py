@@ -35,10 +35,26 @@ class Part(Frozen):
         """
         return ""
 
+    def spares(self) -> Collection[str]:
+        """Stages that its options name and that with these options it has no use for. They are
+        left out of the recipe where nothing else needs them.
+        """
+        return ()
+
     def same_tokenizer(self) -> Collection[str]:
         """Those of `reads` whose models must have the tokenizer of the stage this part works in,
         and take its rows whole. A recipe in which they certainly do not is refused.
         """
+        return ()
+
+    def check_reads(self, stages: Mapping[str, Part]) -> None:
+        """Raise BadInput for one of `reads` whose model it certainly cannot use.
+
+        stages: the workload of each of them. Asked when the recipe is read.
+        """
+
+    def apart(self) -> Collection[str]:
+        """Those of `reads` that must be different runs: twins among them are refused."""
         return ()
 
     def spec(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ gives it a slug; `find` turns the slug back into the class. Nothing imports a me
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
@@ -57,6 +57,13 @@ class DataOp(Part):
         import json
 
         return json.dumps(self.spec(), sort_keys=True)
+
+    def check_domains(self, domains: Collection[str]) -> None:
+        """Raise BadInput for a corpus of other domains than the options name.
+
+        Asked before any stage is trained, of a stage's first data part alone: what others see may
+        have domains that the parts before them give.
+        """
 
     def fitting_rows(self) -> Literal["sample", "all"]:
         """What `fit` is given; a part whose options decide it overrides this."""
@@ -154,6 +161,10 @@ class Feed(Part):
         looks = type(self).refresh is not Feed.refresh
         return "one" if looks else super().widest_scale()
 
+    def check_run(self, run: Run) -> None:
+        """Raise BadInput when it cannot last a run of this horizon; asked before the first step,
+        and by `check`."""
+
     def refresh_steps(self, horizon: Horizon) -> tuple[int, ...]:
         """Steps (0-based) before which `refresh` is called."""
         return ()
@@ -238,6 +249,10 @@ class Objective(Part):
 
     def diagnose(self, logs: Mapping[str, Sequence[float]]) -> dict[str, str]:
         """Warnings for the report from the logged series; `{}` when the objective engaged."""
+        return {}
+
+    def remarks(self, model: PreTrainedModel, extra: nn.ModuleDict) -> dict[str, str]:
+        """Warnings for the report from the modules of a finished run; `{}` when they fit."""
         return {}
 
     def summary(self, logs: Mapping[str, Sequence[float]]) -> dict[str, float]:
@@ -398,6 +413,10 @@ class Workload(Part):
     ) -> Corpus:
         """Read, clean, split and tokenise the corpus (cached), or return it from the cache."""
         ...
+
+    def domains(self, ctx: Ctx) -> Collection[str] | None:
+        """Domains of the training part before any data part; None where they are not known."""
+        return None
 
     @abstractmethod
     def build_model(self, head: Head, corpus: Corpus, ctx: Ctx) -> PreTrainedModel:

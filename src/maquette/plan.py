@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, Literal, get_args
 
@@ -67,7 +67,8 @@ class Node:
 
     own: what else decides what is trained, equal for two stages that do the same; None for a stage
     that is like no other. plain: whether it leaves a model that others can start from, which an
-    ensemble does not.
+    ensemble does not. apart: {key: stages that a part there reads as different runs}. spares:
+    stages it names without a use for them.
     """
 
     name: str
@@ -75,6 +76,8 @@ class Node:
     reads: Mapping[str, str] | None = None
     own: str | None = None
     plain: bool = True
+    apart: Mapping[str, Collection[str]] = field(default_factory=dict)
+    spares: Collection[str] = ()
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -86,10 +89,12 @@ def in_order(
 ) -> tuple[str, ...]:
     """Names in an order in which each stage comes after those it needs; the last written is last.
 
+    What is spared and needed by no other is left out.
+
     read_at_the_end: {stage: cause} of what the evaluations read.
     Raises BadInput for two stages of one name, an unknown stage, a cycle, a stage that needs the
-    recipe's result, a start from an ensemble, a stage that nothing uses, and a soup or ensemble of
-    two stages that are one run.
+    recipe's result, a start from an ensemble, a stage that nothing uses, and a soup, ensemble or
+    ladder of two stages that are one run.
     """
     by_name = {node.name: node for node in nodes}
     if len(by_name) != len(nodes):
@@ -120,34 +125,50 @@ def in_order(
             mend=f"write `{user}` after it",
         )
     used = {final, *read_at_the_end, *(name for node in nodes for name in node.needs)}
-    if idle := [name for name in by_name if name not in used]:
+    spared = _reached([name for node in nodes for name in node.spares], by_name)
+    if idle := [name for name in by_name if name not in used | spared]:
         raise BadInput(
             f"nothing uses the stage `{idle[0]}`",
             where=where,
             key=f"stages.{idle[0]}",
             mend=f"let a later stage start from it (`init: {{from: {idle[0]}}}`), or remove it",
         )
+    kept = _reached([final, *read_at_the_end], by_name)
+    order = [name for name in order if name in kept]
     _refuse_twins([by_name[name] for name in order], where)
     return (*(name for name in order if name != final), final)
 
 
+def _reached(names: Iterable[str], by_name: Mapping[str, Node]) -> set[str]:
+    """These stages and all they need."""
+    found, left = set[str](), [name for name in names if name in by_name]
+    while left:
+        name = left.pop()
+        if name not in found:
+            found.add(name)
+            left += by_name[name].needs
+    return found
+
+
 def _refuse_twins(nodes: Sequence[Node], where: object) -> None:
-    """Raise BadInput where one stage starts from two that would be one run, found by one digest.
+    """Raise BadInput where one stage starts from two that would be one run, found by one digest,
+    or a part of it reads two such as different ones.
 
     nodes: each after those it needs.
     """
     runs = same_runs(nodes)
     for node in nodes:
-        first: dict[str, str] = {}
-        for parent in node.init:
-            twin = first.setdefault(runs[parent], parent)
-            if twin != parent:
-                raise BadInput(
-                    f"`{twin}` and `{parent}` are one run under two names, which adds nothing",
-                    where=where,
-                    key=f"stages.{node.name}.init",
-                    mend=f"give `{parent}` a `reseed` of its own",
-                )
+        for key, members in {"init": node.init, **node.apart}.items():
+            first: dict[str, str] = {}
+            for member in members:
+                twin = first.setdefault(runs[member], member)
+                if twin != member:
+                    raise BadInput(
+                        f"`{twin}` and `{member}` are one run under two names, which adds nothing",
+                        where=where,
+                        key=f"stages.{node.name}.{key}",
+                        mend=f"give `{member}` a `reseed` of its own",
+                    )
 
 
 def same_runs(nodes: Sequence[Node]) -> dict[str, str]:

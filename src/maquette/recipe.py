@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar, cast
 
@@ -32,7 +32,7 @@ from maquette.plan import Init, Node, charged_to, in_order, parse_init
 from maquette.quantities import Budget, Size, size_named
 from maquette.registry import check_packages
 from maquette.schedules import Horizon
-from maquette.tokenizer_identity import check_tokenizers
+from maquette.tokenizer_identity import check_tokenizers, option_of
 
 # --- parts from plain data -----------------------------------------------------------------------
 
@@ -119,9 +119,15 @@ class Stage:
     @property
     def parts(self) -> tuple[Part, ...]:
         """Every part that works in this stage."""
-        return (
-            self.workload, self.objective, self.optim, self.feed, *self.data, *self.surgery
-        )  # fmt: skip
+        return tuple(part for _, part in self.slots())
+
+    def slots(self) -> Iterator[tuple[str, Part]]:
+        """Every part with its key in the recipe."""
+        for slot in ("workload", "objective", "optim", "feed"):
+            yield slot, getattr(self, slot)
+        for slot in ("data", "surgery"):
+            for i, part in enumerate(getattr(self, slot)):
+                yield f"{slot}.{i}", part
 
     @property
     def trains(self) -> bool:
@@ -134,7 +140,20 @@ class Stage:
         own = {k: v for k, v in self.spec().items() if k not in ("name", "init")}
         kind = self.init.kind if self.init else None
         text = json.dumps([kind, own], sort_keys=True)
-        return Node(self.name, init, _read_by(self.parts), text, plain=kind != "ensemble")
+        apart = {
+            f"{slot}{option_of(part, names)}": names
+            for slot, part in self.slots()
+            if (names := tuple(part.apart()))
+        }
+        return Node(
+            self.name,
+            init,
+            _read_by(self.parts),
+            text,
+            plain=kind != "ensemble",
+            apart=apart,
+            spares=tuple(name for part in self.parts for name in part.spares()),
+        )
 
     def seed(self, root: int) -> int:
         """The root seed of this stage's random streams in a run with the root seed `root`."""
@@ -247,6 +266,7 @@ def parse_recipe(data: Mapping[str, Any], *, where: object = None) -> Recipe:
     for stage in recipe.stages:
         check_fit(stage, where)
     check_tokenizers(recipe, where)
+    _check_reads(recipe, where)
     return recipe
 
 
@@ -339,6 +359,19 @@ def check_fit(stage: Stage, where: object = None) -> None:
                 key=part.kind,
                 mend="remove one of the two",
             )
+
+
+def _check_reads(recipe: Recipe, where: object) -> None:
+    """What parts say of the workloads of the stages they read."""
+    workloads = {stage.name: stage.workload for stage in recipe.stages}
+    for stage in recipe.stages:
+        for slot, part in stage.slots():
+            try:
+                part.check_reads({name: workloads[name] for name in part.reads()})
+            except BadInput as error:
+                error.where = error.where or where
+                error.key = f"stages.{stage.name}.{slot}.{error.key}"
+                raise
 
 
 def _check_ensemble(stage: Stage, workload: str, where: object) -> None:

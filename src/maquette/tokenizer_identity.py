@@ -8,7 +8,7 @@ known once it is loaded: the run compares those by their content.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -145,25 +145,17 @@ def check_tokenizers(recipe: Recipe, where: object = None) -> None:
                 where,
                 f"stages.{stage.name}.init",
             )
-        for slot, part in _slots(stage):
+        for slot, part in stage.slots():
             _check_part(part, stage, stages, where, f"stages.{stage.name}.{slot}")
     for i, audit in enumerate(recipe.evaluate):
         _check_part(audit, recipe.last, stages, where, f"evaluate.{i}")
-
-
-def _slots(stage: Stage) -> Iterator[tuple[str, Part]]:
-    for slot in ("workload", "objective", "optim", "feed"):
-        yield slot, getattr(stage, slot)
-    for slot in ("data", "surgery"):
-        for i, part in enumerate(getattr(stage, slot)):
-            yield f"{slot}.{i}", part
 
 
 def _check_part(
     part: Part, stage: Stage, stages: Mapping[str, Stage], where: object, key: str
 ) -> None:
     for name in set(part.same_tokenizer()).intersection(part.reads()):
-        read, at = stages[name], f"{key}{_option(part, name)}"
+        read, at = stages[name], f"{key}{option_of(part, [name])}"
         what = f"`{name}` has another vocabulary than `{stage.name}`"
         _check_pair(read, stage, what, stages, where, at)
         longest = _longest_row(read, stages)
@@ -194,10 +186,11 @@ def _check_pair(
     )
 
 
-def _option(part: Part, name: str) -> str:
-    """The option of a part that names this stage, with a dot before it; "" if none does."""
+def option_of(part: Part, names: Sequence[str]) -> str:
+    """The option of a part that names these stages, with a dot before it; "" if none does."""
     for option, value in part.model_dump(mode="json").items():
-        if value == name or (isinstance(value, list) and name in value):
+        given = value if isinstance(value, list) else [value]
+        if all(name in given for name in names):
             return f".{option}"
     return ""
 

@@ -4,6 +4,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from maquette.config import validate
 from maquette.conformance.world import OPTIONS
 from maquette.data.tokenizers import Encoder
 from maquette.errors import BadInput
@@ -133,12 +134,26 @@ def test_a_domain_of_that_name_in_the_corpus_is_refused(world, done):
     assert caught.value.key == "domain"
 
 
-def test_an_encoder_cannot_teach(world):
+@pytest.mark.parametrize(
+    ("workload", "objective"), [("text/encoder", "masked-lm"), ("text/seq2seq", "span-corruption")]
+)
+def test_an_encoder_cannot_teach_and_is_refused_when_the_recipe_is_read(world, workload, objective):
     data = recipe(world)
-    encoder = {"workload": world.workload("text/encoder"), "objective": "masked-lm"}
+    encoder = {"workload": world.workload(workload), "objective": objective}
     data["stages"] = [{"name": "teacher", **encoder}, data["stages"][-1]]
-    with pytest.raises(BadInput, match="cannot write from left to right"):
-        execute(parse_recipe(data), 0, world.store("shared"), OPTIONS)
+    with pytest.raises(BadInput, match="cannot write from left to right") as caught:
+        parse_recipe(data)
+    assert caught.value.key == "stages.student.data.0.teacher"
+
+
+def test_two_amounts_and_a_domain_without_a_name_are_refused():
+    with pytest.raises(BadInput, match=r"either `times`.*or `tokens`.*got 50 and 300"):
+        validate(EnsembleDistillation, {"times": 50, "tokens": 300})
+    with pytest.raises(BadInput, match="at least 1 character"):
+        validate(EnsembleDistillation, {"domain": ""})
+    spec = EnsembleDistillation(tokens=300).spec()
+    del spec["type"]
+    assert validate(EnsembleDistillation, spec).tokens == 300
 
 
 def test_what_is_written_starts_as_a_document_and_holds_no_special_token(done):

@@ -63,6 +63,11 @@ def test_every_weight_is_in_one_group():
     assert sorted(listed) == sorted({id(p) for p in model.parameters()})
 
 
+def test_an_infinite_eps_is_refused():
+    with pytest.raises(ValueError, match="finite number"):
+        StronglyDecayedAdamW(eps=float("inf"))
+
+
 @pytest.mark.parametrize(
     ("rate", "decay", "steps", "tau", "share"),
     # The paper's 300M runs: 800 steps an epoch, 16 epochs; and one of 512 steps.

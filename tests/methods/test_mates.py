@@ -1,6 +1,7 @@
 """MATES: influences against closed forms, the draw against its softmax, stages of real runs."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -10,9 +11,10 @@ from torch import nn
 
 from maquette.conformance.world import OPTIONS, Run
 from maquette.errors import BadInput, RunFailed
-from maquette.methods.data.mates import Mates, choose, labels
+from maquette.methods.data.mates import Mates, _little_signal, choose, labels
 from maquette.recipe import parse_part, parse_recipe
 from maquette.schedules import Horizon
+from maquette.study.check import plan
 from maquette.study.execute import choose_precision_for, execute, make_ctx
 from maquette.study.models import build
 from maquette.study.store import Store
@@ -283,6 +285,41 @@ def test_without_a_usable_signal_the_stage_is_random_and_says_so(world, home):
     assert "no usable signal" in warnings["mates at step 3"]
 
 
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [
+        (-0.4, r"is -0\.40: it ranks rows against what was measured"),
+        (0.05, r"is 0\.05: it chooses by little signal"),
+        (None, "cannot be computed, the stage is random"),
+    ],
+)
+def test_a_choice_against_what_was_measured_is_no_little_signal(found, says):
+    assert re.search(says, _little_signal(found, -1.0))
+
+
+def test_fewer_reference_rows_than_asked_for_are_recorded_and_noted(world):
+    run, _ = live(world, reference={"domains": ["library"], "rows": 10**5})
+    first = run.stage.feed.refresh(run, run.clock)
+    assert 0 < first.facts["reference_rows"] < 10**5
+    assert f"has {first.facts['reference_rows']} rows" in first.warnings["mates reference"]
+    plenty, _ = live(world)
+    first = plenty.stage.feed.refresh(plenty, plenty.clock)
+    assert (first.facts["reference_rows"], first.warnings) == (4, {})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stages": 9, "budget": "6step"}, "6 steps cannot be cut into 9 stages"),
+        ({"window": 10}, "smaller than the 96 rows of stage 1"),
+        ({"rho": 0.001}, "candidates when"),
+    ],
+)
+def test_check_refuses_what_the_run_would(world, options, message):
+    with pytest.raises(BadInput, match=message):
+        plan(parse_recipe(recipe(world, **options)), world.store("check"), OPTIONS)
+
+
 def test_a_static_model_is_fitted_once_and_probes_once(world, home):
     refit, refit_bill, _ = finished(world, home)
     static, static_bill, _ = finished(world, home, refit="static")
@@ -399,6 +436,9 @@ def test_rows_that_a_pool_does_not_have_are_refused_before_training(world, home)
         ({"rho": 0.0}, "greater than 0"),
         ({"rho": 1.5}, "less than or equal to 1"),
         ({"tau": 0.0}, "greater than 0"),
+        ({"tau": float("inf")}, "finite number"),
+        ({"alpha": float("inf")}, "finite number"),
+        ({"encoder": {"learning_rate": float("inf")}}, "finite number"),
         ({"common_probes": 17}, "common_probes must be <= n_probes"),
         ({"refit": "warm"}, "warm needs scorer: encoder"),
         ({"validation_fraction": 0.1}, "got 2 of 16"),

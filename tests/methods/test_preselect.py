@@ -11,6 +11,7 @@ from scipy.stats import kendalltau
 
 import maquette.methods.data.preselect as module
 from maquette.config import validate
+from maquette.conformance.world import OPTIONS as OPTIONS_OF_RUNS
 from maquette.data.documents import documents
 from maquette.data.scores import kept_rows, threshold_by_characters
 from maquette.errors import BadInput
@@ -22,6 +23,10 @@ from maquette.evaluation.predictive_strength import (
 )
 from maquette.flow import Ctx, FinishedStage, Subject
 from maquette.methods.data.preselect import PredictiveSelection
+from maquette.recipe import parse_recipe
+from maquette.study.check import plan
+from maquette.study.execute import execute
+from maquette.study.store import Store
 from maquette.training.ledger import Ledger
 from tests.evaluation.test_text_bits import BYTES, llama
 
@@ -105,10 +110,19 @@ def test_a_document_is_never_positive_and_negative():
     assert (high.tolist(), low.tolist()) == ([5], [0])
 
 
-@pytest.mark.parametrize("choose", ["quantile", "exact"])
-def test_nothing_to_tell_apart_is_refused_with_the_histogram(choose):
-    with pytest.raises(ValueError, match=r"S=0\.50: 6"):
-        choose_extremes(np.full(6, 0.5), 0.25, choose)
+@pytest.mark.parametrize(
+    ("strength", "choose", "says"),
+    [
+        (np.full(6, 0.5), "quantile", r"6 of 6 documents have S = 0\.50.*S=0\.50: 6"),
+        (np.full(6, 0.5), "exact", r"none of the 6 documents has S = 1.*S=0\.50: 6"),
+        ([2 / 3] + [1.0] * 29, "quantile", r"29 of 30 documents have S = 1\.00.*S=0\.67: 1"),
+        ([2 / 3] + [1.0] * 29, "exact", r"29 of 30 documents have S = 1\.00.*S=0\.67: 1"),
+        ([], "quantile", "no documents"),
+    ],
+)
+def test_nothing_to_tell_apart_is_refused_with_the_histogram(strength, choose, says):
+    with pytest.raises(ValueError, match=says):
+        choose_extremes(np.array(strength), 0.25, choose)
 
 
 def test_the_histogram_counts_every_value():
@@ -345,6 +359,8 @@ def test_a_ladder_that_orders_every_document_alike_is_warned_of():
         ({"keep": 0.0}, "greater than 0"),
         ({"keep": 1.5}, "less than or equal to 1"),
         ({"length": 8, "stride": 8}, "stride must be < length"),
+        ({"seeds": {"min_chars": 500, "max_chars": 100}}, "max_chars must be >= min_chars"),
+        ({"scorer": {"learning_rate": float("inf")}}, "finite number"),
         ({"extreme_fraction": 0.6}, "less than or equal to 0.5"),
     ],
 )
@@ -357,8 +373,53 @@ def test_models_that_rank_everything_alike_are_refused_with_the_histogram(ctx):
     same = {n: FinishedStage(n, ctx.cache, lambda: Subject(skilled(0.5), BYTES)) for n in SHARES}
     blind = Ctx(ctx.device, 0, ctx.cache, Ledger(), stages=same)
     options = {**OPTIONS, "scores": (1, 2, 3, 4, 5, 6)}
-    with pytest.raises(BadInput, match=r"tell apart.*S=0\.00: 40"):
+    with pytest.raises(BadInput, match=r"told apart.*S=0\.00: 40") as caught:
         run(PredictiveSelection(**options), blind)
+    assert caught.value.key == "ladder"
+    assert "equal models on different mixtures" in caught.value.mend
+
+
+def test_a_ladder_whose_s_is_never_one_is_no_fault_of_the_ladder_under_exact(ctx):
+    options = {**OPTIONS, "shuffle_ladder": 1, "shuffle": "once", "choose": "exact"}
+    with pytest.raises(BadInput, match="documents has S = 1, which `exact` asks for") as caught:
+        run(PredictiveSelection(**options), ctx)
+    assert (caught.value.key, caught.value.mend) == ("choose", "`choose: quantile`")
+
+
+def laddered(world, **op):
+    ladder = [{"name": f"l{n}", "reseed": n} for n in (1, 2, 3)]
+    part = {"type": "preselect", "ladder": ["l1", "l2", "l3"], "target": ["library"], **op}
+    return {
+        "workload": world.workload("text/causal"),
+        "size": "nano",
+        "objective": "causal-lm",
+        "budget": "2step",
+        "evaluate": [],
+        "stages": [*ladder, {"name": "train", "data": [part]}],
+    }
+
+
+def test_a_ladder_of_one_run_under_several_names_is_refused_when_it_is_read(world):
+    data = laddered(world, scores=[1, 2, 3])
+    assert parse_recipe(data)
+    data["stages"][1]["reseed"] = 1
+    with pytest.raises(BadInput, match="`l1` and `l2` are one run under two names") as caught:
+        parse_recipe(data)
+    assert caught.value.key == "stages.train.data.0.ladder"
+
+
+@pytest.mark.parametrize("scores", [None, [1, 2, 3]])
+@pytest.mark.parametrize("run", [plan, lambda *given: execute(given[0], 0, *given[1:])])
+def test_a_target_that_is_no_domain_is_refused_before_the_ladder_is_trained(
+    world, tmp_path, run, scores
+):
+    (tmp_path / "cache").symlink_to(world.folder / "cache", target_is_directory=True)
+    store = Store(tmp_path)
+    found = parse_recipe(laddered(world, target=["libary"], scores=scores), where="my.yaml")
+    with pytest.raises(BadInput, match="no domain of the corpus matches libary") as caught:
+        run(found, store, OPTIONS_OF_RUNS)
+    assert caught.value.mend == "did you mean `library`?"
+    assert store.list_runs() == []
 
 
 def test_the_spec_is_json_and_reads_back():

@@ -92,6 +92,7 @@ def test_schedules_out_of_range_are_refused(call, message):
     [
         ({"until": 36}, r"a share of the budget in \[0, 1\], a count like `36step`"),
         ({"until": "soon"}, "overtake"),
+        ({"until": True}, "got True"),
         ({"weight": 1.5}, "less than or equal to 1"),
         ({"temperature": 0}, "greater than 0"),
         ({"top_k": 0}, "greater than or equal to 1"),
@@ -396,6 +397,32 @@ def test_a_stage_of_the_recipe_teaches_and_its_training_is_a_helpers(world, smal
     assert run.ledger()["teacher"] == folder.ledger()["teacher"]
     assert run.ledger()["helper"]["tokens"] == 40 * 32 * 32
     assert len(losses(run, "kd")) == 4
+
+
+@pytest.mark.parametrize("nothing", [{"until": 0.0}, {"until": "0step"}, {"weight": 0.0}])
+def test_a_teacher_that_distils_for_no_step_is_not_trained(world, nothing):
+    data = recipe(world, teacher="small", **nothing)
+    warm = {"name": "warm", "objective": "causal-lm"}
+    small = {"name": "small", "objective": "causal-lm", "init": {"from": "warm"}}
+    read = parse_recipe({**data, "stages": [warm, small, {"name": "large"}]})
+    assert [stage.name for stage in read.stages] == ["large"]
+    assert parse_recipe(read.spec()) == read
+    run = world.train({**data, "stages": [warm, small, {"name": "large"}]})
+    plain = world.train(recipe(world))
+    assert run.ledger() == plain.ledger()
+    with pytest.raises(BadInput, match="nothing uses the stage `idle`"):
+        parse_recipe({**data, "stages": [{**warm, "name": "idle"}, {"name": "large"}]})
+
+
+def test_a_teacher_larger_than_the_student_is_noted_in_the_record(world):
+    larger = {"name": "small", "objective": "causal-lm", "size": "300k", "budget": "2step"}
+    for size, noted in (("300k", True), ("nano", False)):
+        data = recipe(world, teacher="small", until=1.0)
+        run = world.train({**data, "stages": [{**larger, "size": size}, {"name": "large"}]})
+        warnings = run.store.run(run.digest).metrics["warnings"]
+        assert ("teacher larger than the student" in warnings) == noted
+        if noted:
+            assert "ordinary distillation" in warnings["teacher larger than the student"]
 
 
 def test_label_smoothing_needs_no_teacher_and_costs_nothing(world):

@@ -15,6 +15,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from maquette.config import validate
 from maquette.data.tokenizers import TokenizerSpec, train
 from maquette.errors import BadInput, RunFailed
 from maquette.evaluation.bits_per_byte import bits_per_byte_of
@@ -441,6 +442,22 @@ def test_what_a_user_can_get_wrong_is_bad_input(tmp_path):
     with pytest.raises(BadInput, match="304 embeddings, its tokenizer 300 ids"):
         part(tmp_path).fit(causal(304), source, context(tmp_path, target))
     part(tmp_path, drop_padding=True).fit(causal(304), source, context(tmp_path, target))
+
+
+@pytest.mark.parametrize(
+    ("options", "key", "says"),
+    [
+        ({"sample": "foo"}, "sample", "`foo` is not a size"),
+        ({"sample": "0MB"}, "sample", "`0MB` is not a size"),
+        ({"network": {"hidden": 64, "heads": 3}}, "network", "divisible by heads, got 64 and 3"),
+        ({"plan": {"rate": math.inf}}, "plan.rate", "finite number"),
+        ({"sampling": {"noise_mean": math.inf}}, "sampling.noise_mean", "finite number"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_when_they_are_read(options, key, says):
+    with pytest.raises(BadInput, match=says) as caught:
+        validate(ZeroShotTransfer, options)
+    assert caught.value.key == key
 
 
 def test_two_hops_a_source_and_a_new_vocabulary_without_a_step(world):

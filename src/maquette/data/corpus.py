@@ -143,14 +143,6 @@ def prepare(
     spec = CorpusSpec.model_validate(spec)
     tokenizer = tokenizer or TokenizerSpec()
     rules, cache, tell = dedup or DedupSpec(), Path(cache), progress or (lambda *_: None)
-    if not (0 <= held_out_fraction < 1 and 0 <= dev_fraction < 1 - held_out_fraction):
-        raise BadInput(
-            f"fractions must be >= 0 and sum to less than 1, got {held_out_fraction} held out "
-            f"and {dev_fraction} dev",
-            where=spec.path,
-            key="held_out_fraction",
-            mend="0.05 is usual",
-        )
     fractions = {"held_out": held_out_fraction, "dev": dev_fraction}
     if tokenizer.type == tokenizers.FROM_DEV and not dev_fraction:
         raise BadInput(
@@ -172,6 +164,24 @@ def prepare(
         parts[part] = (path, folder)
     card = _card(spec, base, top, trained, parts)
     return Corpus(parts, trained, tuple(dropped_files), card, bills)
+
+
+def domains_of(
+    spec: CorpusSpec,
+    *,
+    cache: Path,
+    held_out_fraction: float,
+    dev_fraction: float,
+    progress: Progress | None = None,
+) -> set[str]:
+    """Domains of the training part, by the layer of documents alone, which `prepare` then finds."""
+    fractions = {"held_out": held_out_fraction, "dev": dev_fraction}
+    tell = progress or (lambda *_: None)
+    base, _, _ = _layers(spec, DedupSpec(), fractions, (), Path(cache), None, InProcess(), tell)
+    found: set[str] = set()
+    for batch in stored(base / "train.parquet", ["domain"]):
+        found.update(batch["domain"].unique().to_pylist())
+    return found
 
 
 @dataclass(frozen=True)
@@ -238,6 +248,14 @@ def _layers(
     allow_empty: bool = False,
 ) -> tuple[Path, Path, dict[str, Any]]:
     """Folders of the documents, and of what data parts left of the training part; their bills."""
+    held_out, dev = fractions["held_out"], fractions["dev"]
+    if not (0 <= held_out < 1 and 0 <= dev < 1 - held_out):
+        raise BadInput(
+            f"fractions must be >= 0 and sum to less than 1, got {held_out} held out and {dev} dev",
+            where=spec.path,
+            key="held_out_fraction",
+            mend="0.05 is usual",
+        )
     key = digest(_FORMAT, spec.model_dump(), rules.model_dump(), fractions, fingerprint(spec))
     base = built_once(
         cache, f"documents-{key}", lambda to: _documents(spec, rules, fractions, engine, to, tell)

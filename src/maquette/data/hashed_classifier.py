@@ -189,7 +189,7 @@ class ClassifierOptions(Frozen):
 
     epochs: int = Field(3, ge=1)
     """Passes over positives and negatives; the paper: 3."""
-    learning_rate: float = Field(1.0, gt=0)
+    learning_rate: float = Field(1.0, gt=0, allow_inf_nan=False)
     """AdaGrad's. The paper: 0.1 of fastText's plain SGD."""
     ngrams: int = Field(2, ge=1, le=5)
     """Longest run of words; the paper: 2."""

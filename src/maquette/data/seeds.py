@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from maquette.config import Frozen
 from maquette.data.documents import hash_ids
@@ -35,6 +35,15 @@ class Seeds(Frozen):
     """Shorter documents are no seeds: their S is noise."""
     max_chars: int | None = Field(None, ge=1)
     """Characters of a document that are scored; the paper scores all of it."""
+
+    @model_validator(mode="after")
+    def _enough(self) -> Seeds:
+        if self.max_chars is not None and self.max_chars < self.min_chars:
+            raise ValueError(
+                f"max_chars must be >= min_chars, got {self.max_chars} < {self.min_chars}: what is "
+                "scored would be shorter than a seed may be"
+            )
+        return self
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,10 @@ def strength_histogram(strength: Array) -> str:
     return ", ".join(f"S={v:.2f}: {c}" for v, c in zip(values, counts, strict=True))
 
 
+class Indistinct(ValueError):
+    """So many documents share one value of S that one end of it, or both, is empty."""
+
+
 def choose_extremes(
     strength: Array,
     fraction: float = 0.25,
@@ -83,7 +87,7 @@ def choose_extremes(
     those with S = 1 (the official code) and as many of the lowest. At most `most` of each. Of
     documents with equal S those with the smaller `tie_break` come first. A document never is both:
     where the two ends meet in one value of S, that value is left out.
-    Raises ValueError for a fraction outside (0, 0.5], and when an end is empty, with the histogram.
+    Raises ValueError for a fraction outside (0, 0.5], and Indistinct when an end is empty.
     """
     if not 0 < fraction <= 0.5:
         raise ValueError(f"extreme_fraction must be in (0, 0.5], got {fraction}")
@@ -97,11 +101,23 @@ def choose_extremes(
         low = low[2 * strength[low] < middle]
     n = min(len(high), len(low))
     if not n:
-        raise ValueError(
-            f"no {'documents' if len(strength) else 'seeds'} to tell apart: "
-            f"{len(high)} with high and {len(low)} with low S ({strength_histogram(strength)})"
-        )
+        raise Indistinct(_what_is_alike(strength, choose))
     return np.sort(high[:n]), np.sort(low[:n])
+
+
+def _what_is_alike(strength: Array, choose: Choose) -> str:
+    """Why one end is empty, with the histogram."""
+    values, counts = np.unique(np.round(strength, 4), return_counts=True)
+    shown, n = strength_histogram(strength), len(strength)
+    if not n:
+        return "there are no documents to tell apart"
+    if choose == "exact" and values[-1] < 1:
+        return f"none of the {n} documents has S = 1, which `exact` asks for ({shown})"
+    most = int(counts.argmax())
+    return (
+        f"{counts[most]} of {n} documents have S = {values[most]:.2f}, so that high and low cannot "
+        f"be told apart ({shown})"
+    )
 
 
 def enrichment(kept: Mask, is_target: Mask, characters: NDArray[Any]) -> float:

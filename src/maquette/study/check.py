@@ -15,7 +15,13 @@ import torch
 from maquette.plan import same_runs
 from maquette.recipe import Recipe, Stage
 from maquette.study.evaluating import files_read
-from maquette.study.execute import Options, begin, choose_precision_for
+from maquette.study.execute import (
+    Options,
+    begin,
+    choose_precision_for,
+    look_ahead,
+    pick_device,
+)
 from maquette.study.located import located
 from maquette.study.models import build
 from maquette.study.stand_ins import StandIns, needs_of, stand_ins, why_not
@@ -93,6 +99,8 @@ def total_seconds(plans: Iterable[Plan]) -> float:
 def _plan_recipe(recipe: Recipe, standing: StandIns, known: dict[str, StagePlan]) -> Plan:
     """known: the plans made so far, by what decides the cost; added to."""
     files_read(recipe)
+    with located(recipe, standing.store.home):
+        look_ahead(recipe, 0, standing.store, pick_device(standing.options.device))
     runs = same_runs([stage.node() for stage in recipe.stages])
     planned, left_out = [], []
     for stage in recipe.stages:

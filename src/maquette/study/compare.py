@@ -16,7 +16,7 @@ from maquette.flow import Tell, untold
 from maquette.recipe import Recipe
 from maquette.registry import packages_of
 from maquette.study.charging import cost
-from maquette.study.execute import Options, make_ctx, pick_device
+from maquette.study.execute import Options, look_ahead, make_ctx, pick_device
 from maquette.study.located import located
 from maquette.study.pool import HERE, Place, Task, TaskDone, check_place, run_tasks
 from maquette.study.records import RunRecord
@@ -131,6 +131,8 @@ def prepare_corpora(
     Raises BadInput for a feed that cannot last its stage, before anything is trained.
     """
     for recipe in recipes:
+        with located(recipe, store.home):
+            look_ahead(recipe, 0, store, device)
         for stage in recipe.stages:
             if not stage.node().needs:  # others need their parents' tokenizers and models
                 ctx = replace(make_ctx(stage, 0, store, device), tell=tell)

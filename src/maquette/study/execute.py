@@ -15,6 +15,7 @@ import yaml
 from maquette import atomic
 from maquette.errors import BadInput, MaquetteError
 from maquette.flow import Ctx, FinishedStage
+from maquette.parts import DataOp
 from maquette.recipe import Recipe, Stage, digest, stage_digest
 from maquette.registry import packages_of
 from maquette.study.claiming import Busy as Busy
@@ -123,6 +124,18 @@ def make_ctx(stage: Stage, seed: int, store: Store, device: torch.device) -> Ctx
     )
 
 
+def look_ahead(recipe: Recipe, seed: int, store: Store, device: torch.device) -> None:
+    """What data parts that read stages say of the corpus, before these stages are trained.
+
+    Raises BadInput as they do.
+    """
+    for stage in recipe.stages:
+        if stage.data and isinstance(first := stage.data[0], DataOp) and first.reads():
+            domains = stage.workload.domains(make_ctx(stage, seed, store, device))
+            if domains is not None:
+                first.check_domains(domains)
+
+
 def execute(
     recipe: Recipe,
     seed: int,
@@ -148,6 +161,7 @@ def execute(
         torch.set_num_threads(options.threads)
     check_ranks(recipe, options.team)
     files_read(recipe)
+    options.team.lead_first(lambda: look_ahead(recipe, seed, store, pick_device(options.device)))
 
     def work() -> str:
         done = _train_all(recipe, seed, store, options, arm, on_step)

@@ -68,9 +68,9 @@ class Plan(Frozen):
     """Steps in which H learns to give single source tokens their own rows (10,000)."""
     steps: int = Field(600, ge=0)
     """Steps with sampled tokenizers (190,000)."""
-    identity_rate: float = Field(3e-3, gt=0)
+    identity_rate: float = Field(3e-3, gt=0, allow_inf_nan=False)
     """Peak of the first stage: the rate rises to it in a straight line (3e-4)."""
-    rate: float = Field(1e-3, gt=0)
+    rate: float = Field(1e-3, gt=0, allow_inf_nan=False)
     """Peak of the main stage: a warm-up, then half a cosine to zero (6e-5)."""
     warmup: float = Field(0.05, ge=0, lt=1)
     """Share of the main stage spent warming up (10,000 of 190,000 steps)."""
@@ -83,11 +83,11 @@ class Plan(Frozen):
     embedded: int | None = Field(None, ge=1)
     """Tokens embedded in a step: those of the batch and random others; None embeds the whole
     sampled vocabulary (8,192 or 16,384 for large ones)."""
-    overlap_weight: float = Field(0.5, ge=0)
+    overlap_weight: float = Field(0.5, ge=0, allow_inf_nan=False)
     """Weight of the loss that keeps single source tokens at their rows (0.5)."""
-    clip: float = Field(0.1, gt=0)
+    clip: float = Field(0.1, gt=0, allow_inf_nan=False)
     """Limit of the global gradient norm (0.1)."""
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: float = Field(0.01, ge=0, allow_inf_nan=False)
     """Of AdamW, on matrices alone (0.01)."""
     mask_rate: float = Field(0.15, gt=0, lt=1)
     """Share of tokens an encoder is asked for; causal models ignore it."""

@@ -224,9 +224,9 @@ class EncoderOptions(Frozen):
     dropout: float = Field(0.1, ge=0, lt=1)
     epochs: int = Field(5, ge=1)
     """Passes over the probes; the paper uses 5 on 80k to 160k of them."""
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(1e-3, gt=0, allow_inf_nan=False)
     """Of AdamW, constant; for drawn weights. The paper: 5e-5 for BERT-base."""
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: float = Field(0.01, ge=0, allow_inf_nan=False)
     batch: int = Field(32, ge=1)
     eval_every: int = Field(20, ge=1)
     """Steps between looks at the validation probes; the best look's weights are kept."""

@@ -236,6 +236,7 @@ def _plan(run: LiveRun, feeder: Feeder, settings: Settings) -> None:
     # A budget of seconds is timed, and every rank times its own.
     run.horizon = run.ctx.team.lead(lambda: horizon)
     run.objective.check_horizon(run.horizon)
+    run.stage.feed.check_run(run)
     for parameter in run.trainable():
         parameter.grad = None
 
@@ -301,6 +302,7 @@ def _finish(run: LiveRun, feeder: Feeder, selections: Selections, folder: Path) 
     if run.ctx.team.is_lead:
         logged = series(read_metrics(folder / "metrics.jsonl"))
         warnings = run.stage.optim.diagnose(run) | run.objective.diagnose(logged)
+        warnings |= run.objective.remarks(model, extra)
         warnings |= selections.warnings() | checkpoint.damage(folder / "state")
         said = run.objective.summary(logged)
         if drawn := feeder.drawn(run.step):

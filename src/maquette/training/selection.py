@@ -68,9 +68,9 @@ class Selections:
         return {str(s): dict(one.facts) for s, one in self.run.selections.items() if one.facts}
 
     def warnings(self) -> dict[str, str]:
-        """Warnings of the refreshes so far, each with the step it is of."""
+        """Warnings of the refreshes so far, each named with the step it is of."""
         return {
-            f"{name} at step {step}": f"step {step}: {text}"
+            f"{name} at step {step}": text
             for step, selection in self.run.selections.items()
             for name, text in selection.warnings.items()
         }

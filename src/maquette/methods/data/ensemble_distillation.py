@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from maquette.data.documents import documents, hash64
@@ -29,7 +29,7 @@ from maquette.data.order import stream_seed
 from maquette.data.scores import kept_rows, texts_of
 from maquette.data.tokenizers import Encoder, end_of_document
 from maquette.errors import BadInput
-from maquette.parts import Card, Ctx, DataOp, State, register
+from maquette.parts import Card, Ctx, DataOp, Part, State, register
 from maquette.training.sampling import Sampled, Writing, sample_documents
 
 PAPER_SHARES = (0.75, 0.9)
@@ -162,17 +162,36 @@ print(len(found.documents), "documents of", found.n_tokens, "tokens")
     times: float = Field(4.0, gt=0, allow_inf_nan=False)
     """Tokens to sample, in multiples of the real text's, both in the teacher's tokens."""
     tokens: int | None = Field(None, ge=2)
-    """Tokens to sample, in place of `times`."""
+    """Tokens to sample, in place of `times`; one of the two can be given."""
     document_tokens: int = Field(1024, ge=1)
     """Tokens at which a document that does not end is cut."""
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Logits are divided by it; below 1 the student learns a sharpened language."""
     batch_size: int = Field(128, ge=1)
     """Documents written side by side."""
-    domain: str = "teacher"
+    domain: str = Field("teacher", min_length=1)
     """Domain of the sampled documents, by which a feed weighs them."""
     seed: int = 0
     """Another draw of the same teacher."""
+
+    @model_validator(mode="after")
+    def _one_amount(self) -> EnsembleDistillation:
+        # A spec has both written out, with the default.
+        if self.tokens is not None and self.times != type(self).model_fields["times"].default:
+            raise ValueError(
+                f"give either `times` (multiples of the real text) or `tokens` (a count), got "
+                f"{self.times:g} and {self.tokens}"
+            )
+        return self
+
+    def check_reads(self, stages: Mapping[str, Part]) -> None:
+        for name, workload in stages.items():
+            if workload.type in ("text/encoder", "text/seq2seq"):
+                raise BadInput(
+                    f"a model of `{workload.type}` (`{name}`) cannot write from left to right",
+                    key="teacher",
+                    mend="name a stage of a `text/causal` workload",
+                )
 
     def reads(self) -> dict[str, str]:
         return {self.teacher: "helper"}

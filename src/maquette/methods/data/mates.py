@@ -160,11 +160,11 @@ with branch([model], sgd) as now:
     unselected: Literal["discard", "return"] = "discard"
     """What becomes of candidates not chosen: new ones each stage (the paper), or back to the pool.
     What was trained on never comes again."""
-    tau: float = Field(0.5, gt=0)
+    tau: float = Field(0.5, gt=0, allow_inf_nan=False)
     """Temperature on predictions of deviation 1: 0 is plain top-k, large is random. The paper 1."""
     min_spearman: float = Field(0.1, ge=-1, lt=1)
     """Validation correlation below which a stage is random instead; -1 never."""
-    alpha: float = Field(1.0, gt=0)
+    alpha: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Strength of the ridge."""
     encoder: EncoderOptions = EncoderOptions()
 
@@ -195,6 +195,10 @@ with branch([model], sgd) as now:
 
     # --- what the engine calls ---
 
+    def check_run(self, run: Run) -> None:
+        self.refresh_steps(run.horizon)
+        self._stages(run.horizon.steps, run.rows).check_room(self._setting(run)[1])
+
     def refresh_steps(self, horizon: Horizon) -> tuple[int, ...]:
         if horizon.steps < self.stages:
             raise BadInput(
@@ -209,10 +213,12 @@ with branch([model], sgd) as now:
         stages = self._stages(run.horizon.steps, run.rows)
         stage = stages.edges.index(clock.step)
         reference, pool = self._setting(run)
+        n_reference = len(reference.ids_RT)
         if stage == 0:
-            stages.check_room(pool)
             rows = pool.candidates[: stages.taken(0)]
-            return Selection(rows, ordered=True, facts={"stage": 0, "chosen_by": "chance"})
+            facts = {"stage": 0, "chosen_by": "chance", "reference_rows": n_reference}
+            fewer = _fewer_rows(n_reference, self.reference.rows)
+            return Selection(rows, ordered=True, facts=facts, warnings=fewer)
         try:
             model, state, facts = self._fitted(run, reference, pool, stage, stages.edges)
         except ValueError as error:
@@ -225,6 +231,7 @@ with branch([model], sgd) as now:
         rng = run.ctx.rng("mates", clock.step)
         window, k = stages.candidates(pool, stage, used, rng), stages.taken(stage)
         found, warnings = facts["validation_spearman"], {}
+        facts["reference_rows"] = n_reference
         if found is None or found < max(self.min_spearman, LITTLE_SIGNAL):
             warnings["mates"] = _little_signal(found, self.min_spearman)
         if found is None or found < self.min_spearman:
@@ -334,11 +341,24 @@ def _theta(state: State) -> dict[str, torch.Tensor]:
     return {k.removeprefix("theta."): v for k, v in found if k.startswith("theta.")}
 
 
+def _fewer_rows(found: int, wanted: int) -> dict[str, str]:
+    """A note where the reference is shorter than asked for."""
+    if found >= wanted:
+        return {}
+    what = f"the reference has {found} rows, {wanted} were asked for: its text gives no more"
+    return {"mates reference": what}
+
+
 def _little_signal(found: float | None, least: float) -> str:
     value = "cannot be computed" if found is None else f"is {found:.2f}"
     if found is None or found < least:
         return (
             f"no usable signal: the influence model's validation Spearman {value}, the stage is "
             f"random (min_spearman {least:g})"
+        )
+    if found < 0:
+        return (
+            f"the influence model's validation Spearman {value}: it ranks rows against what was "
+            "measured, and what it chooses may be worse than chance"
         )
     return f"the influence model's validation Spearman {value}: it chooses by little signal"

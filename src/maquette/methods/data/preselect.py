@@ -13,7 +13,7 @@ mixtures of the data does not, and positives are then a quantile rather than S =
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -51,11 +51,12 @@ from maquette.data.scores import (
     threshold_by_characters,
 )
 from maquette.data.seeds import Pool, Rows, Seeds, benchmark_rows, refuse_held_out, seed_rows
-from maquette.errors import BadInput
+from maquette.errors import BadInput, did_you_mean
 from maquette.evaluation.membership import auroc
 from maquette.evaluation.model_ladder import check_benchmark, ladder_losses, uninformative_order
 from maquette.evaluation.predictive_strength import (
     Choose,
+    Indistinct,
     Ties,
     choose_extremes,
     enrichment,
@@ -70,6 +71,7 @@ SEEDS, TARGET, SHUFFLED = b"preselect.seeds", b"preselect.target", b"preselect.m
 RESERVED = "preselect learnt from this document"
 SATURATED = 0.5
 """Share of documents tied at S = 0 or S = 1 from which the ladder tells too little."""
+MIXTURES = "use a ladder of equal models on different mixtures of the data"
 Shuffle = Literal["each", "once"]
 
 
@@ -141,7 +143,8 @@ print(scorer.scores(["the theorem", "buy here"]).round(2), scorer.influence(["th
     )
 
     ladder: tuple[str, ...] = ()
-    """Stages of this recipe whose models form the ladder: of one size and on different mixtures."""
+    """Stages of this recipe whose models form the ladder: of one size and on different mixtures.
+    No two may be one run."""
     ladder_models: tuple[str, ...] = ()
     """Folders of Hugging Face models instead, all of one family."""
     scores: tuple[float, ...] | None = None
@@ -191,8 +194,24 @@ print(scorer.scores(["the theorem", "buy here"]).round(2), scorer.influence(["th
             raise ValueError(f"stride must be < length, got {self.stride} >= {self.length}")
         return self
 
+    @property
+    def _ladder_key(self) -> str:
+        return "ladder" if self.ladder else "ladder_models"
+
     def reads(self) -> Mapping[str, str]:
         return dict.fromkeys(self.ladder, "helper")
+
+    def apart(self) -> Collection[str]:
+        return self.ladder
+
+    def check_domains(self, domains: Collection[str]) -> None:
+        if self.target and not any(matches(domain, self.target) for domain in domains):
+            raise BadInput(
+                f"no domain of the corpus matches {', '.join(self.target)}",
+                where=NAME,
+                key="target",
+                mend=did_you_mean(self.target[0], sorted(domains)[:200]),
+            )
 
     def digest_key(self) -> str:
         folders = [model_folder(path).digest for path in self.ladder_models]
@@ -207,6 +226,7 @@ print(scorer.scores(["the theorem", "buy here"]).round(2), scorer.influence(["th
         it cost.
         """
         pool = Pool.of(sample)
+        self.check_domains(set(pool.domains))
         models = [finished_stage(name, ctx) for name in self.ladder]
         models += [model_folder(path, ctx) for path in self.ladder_models]
         target, seeds = self._roles(pool)
@@ -255,7 +275,7 @@ print(scorer.scores(["the theorem", "buy here"]).round(2), scorer.influence(["th
             drawn = hash64("".join(m.digest for m in models), SHUFFLED)
             rng = np.random.default_rng([self.shuffle_ladder, drawn])
             losses_ND = rng.permuted(losses_ND, axis=0)
-        with _explained("ladder"):
+        with _explained(self._ladder_key):
             strength = predictive_strength(
                 losses_ND,
                 scores,
@@ -307,10 +327,20 @@ print(scorer.scores(["the theorem", "buy here"]).round(2), scorer.influence(["th
     ) -> tuple[HashedClassifier, int]:
         """(the classifier, how many texts of each label it learnt from)."""
         ties = hash_ids(ids, SEEDS)
-        with _explained("extreme_fraction"):
+        try:
             high, low = choose_extremes(
                 strength, self.extreme_fraction, self.choose, tie_break=ties
             )
+        except Indistinct as error:
+            # A few values of S without an end at 1 are no fault of the ladder, but of `exact`.
+            exact = self.choose == "exact" and strength.max(initial=0) < 1
+            spread = len(np.unique(strength)) > 1
+            raise BadInput(
+                f"the ladder tells too little: {error}",
+                where=NAME,
+                key="choose" if exact and spread else self._ladder_key,
+                mend="`choose: quantile`" if exact and spread else f"{MIXTURES}, or further models",
+            ) from None
         terms: list[int] = []
         with ctx.ledger.meter("scorer"):
             fitted = self.scorer.fit(
@@ -361,7 +391,7 @@ print(scorer.scores(["the theorem", "buy here"]).round(2), scorer.influence(["th
             if share > SATURATED:
                 notes[f"{NAME} saturated"] = (
                     f"S = {end:g} for {share:.0%} of the seeds: the models order nearly every "
-                    "document alike. Use a ladder of equal models on different mixtures"
+                    f"document alike; {MIXTURES}"
                 )
         if len(np.unique(strength)) < 3:
             notes[f"{NAME} degenerate"] = (

@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 from maquette.data.documents import byte_lengths
 from maquette.data.scores import Mask, drop_rows, hash_bound, hash_uniform, ids_of, kept_rows
 from maquette.errors import BadInput, KeepsNothing
-from maquette.parts import Card, Ctx, DataOp, State, register
+from maquette.parts import Card, Ctx, DataOp, Part, State, register
 from maquette.quantities import parse_bytes
 
 
@@ -108,6 +108,17 @@ print(sizes[removed].sum())  # 10000
 
     def same_tokenizer(self) -> Collection[str]:
         return self.model().same_tokenizer() if self.like is not None else ()
+
+    def check_reads(self, stages: Mapping[str, Part]) -> None:
+        if self.like is not None:
+            self.model().check_reads(stages)
+
+    def apart(self) -> Collection[str]:
+        return self.model().apart() if self.like is not None else ()
+
+    def check_domains(self, domains: Collection[str]) -> None:
+        if self.like is not None:
+            self.model().check_domains(domains)
 
     def digest_key(self) -> str:
         inner = self.model().digest_key() if self.like is not None else ""

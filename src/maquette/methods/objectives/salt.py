@@ -10,7 +10,6 @@ are not the paper's.
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -38,8 +37,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from maquette.schedules import Horizon
-
-log = logging.getLogger(__name__)
 
 Switch = Literal["abrupt", "linear", "ratio"]
 OVERTAKE = "overtake"
@@ -216,7 +213,8 @@ for step in range(n):
     until: float | str = 0.2
     """n_KD: a share of the budget in [0, 1] (the paper: 0.17; 1 distils all the way), a count
     (`36step`), or `overtake`: until the student's loss is below the teacher's. A budget in FLOPs
-    is then planned as if every step distilled, so that less than it is spent."""
+    is then planned as if every step distilled, so that less than it is spent. With 0, as with
+    `weight: 0`, a teacher that is a stage is left out, where nothing else needs it."""
     switch: Switch = "abrupt"
     """How w ends: at once (the paper's default), or decaying over the distilled steps in a
     straight line (`linear`), or in one of w / (1 - w) (`ratio`)."""
@@ -230,6 +228,13 @@ for step in range(n):
     control: Literal["none", "smoothing"] = "none"
     """`smoothing`: a uniform distribution in the teacher's place, so that `weight` is the epsilon
     of label smoothing. It tells whether it is the teacher that helps or softness alone."""
+
+    @field_validator("until", mode="before")
+    @classmethod
+    def _is_no_flag(cls, value: object) -> object:
+        if isinstance(value, bool):  # which would count as 0 or 1
+            raise ValueError(f"until must be a share of the budget or a count, got {value}")
+        return value
 
     @field_validator("until")
     @classmethod
@@ -264,6 +269,10 @@ for step in range(n):
     def digest_key(self) -> str:
         folder = self.teacher if self._distils and not self.reads() else None
         return content_of_folder(folder) if folder else ""
+
+    def spares(self) -> Collection[str]:
+        # The paper's n_KD = 0 is standard training, which no teacher is trained for.
+        return () if self._distils else reads_of(self.teacher, "helper")
 
     def same_tokenizer(self) -> Collection[str]:
         return self.reads()
@@ -321,12 +330,6 @@ for step in range(n):
                 f"must be at most the vocabulary of {vocabulary}, got {self.top_k}",
                 key="objective.top_k",
             )
-        if found.num_parameters() > model.num_parameters():
-            log.warning(
-                "the teacher has %d weights, the student %d: this is ordinary distillation",
-                found.num_parameters(),
-                model.num_parameters(),
-            )
         extra["teacher"] = FrozenTeacher(found, vocabulary)
         if self.until == OVERTAKE:
             extra["overtaking"] = Overtaking(_validation_rows(ctx, self.validation_rows))
@@ -357,6 +360,15 @@ for step in range(n):
         if teacher is not None:
             logs["teacher_ce"] = found.teacher_ce
         return Loss(found.total, logs)
+
+    def remarks(self, model: PreTrainedModel, extra: nn.ModuleDict) -> dict[str, str]:
+        if "teacher" not in extra:
+            return {}
+        sizes = [sum(p.numel() for p in one.parameters()) for one in (extra["teacher"], model)]
+        if sizes[0] <= sizes[1]:
+            return {}
+        said = f"it has {sizes[0]} weights, the student {sizes[1]}: this is ordinary distillation"
+        return {"teacher larger than the student": said}
 
     def diagnose(self, logs: Mapping[str, Sequence[float]]) -> dict[str, str]:
         student, teacher = logs.get("ce", ()), logs.get("teacher_ce", ())

@@ -24,7 +24,7 @@ class AdamW(Optim):
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     """0.95 is usual for language models; the paper's Adam default is 0.999."""
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(1e-8, gt=0, allow_inf_nan=False)
     embedding_rate: float | None = Field(None, gt=0)
     """Peak rate of embeddings, norms, biases and heads; None takes `learning_rate`."""
 

@@ -79,7 +79,7 @@ class StronglyDecayedAdamW(Optim):
     few hundred steps want 4 to 8. Members of an ensemble take half, for twice the epochs."""
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(1e-8, gt=0, allow_inf_nan=False)
     schedule: Schedule = Schedule(warmup_fraction=0.01, floor=0.0)
     """The paper's: 1% linear warm-up, then cosine to 0."""
 

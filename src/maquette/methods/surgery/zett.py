@@ -16,11 +16,11 @@ import hashlib
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
 from safetensors.torch import load_model, save_model
 
 from maquette.config import Frozen
@@ -73,6 +73,15 @@ class Network(Frozen):
     bias: bool = False
     """Predict an output bias for each token too."""
 
+    @model_validator(mode="after")
+    def _divides(self) -> Network:
+        # A width of None is known once there is a source model.
+        if self.hidden is not None and self.hidden % self.heads:
+            raise ValueError(
+                f"hidden must be divisible by heads, got {self.hidden} and {self.heads}"
+            )
+        return self
+
 
 class Sampling(Frozen):
     """The random tokenizers. The paper's values stand in brackets."""
@@ -81,12 +90,17 @@ class Sampling(Frozen):
     """Slots of each, special tokens and single bytes included (32,768)."""
     queue: int = Field(256, ge=1)
     """Texts whose substrings are counted (2,048)."""
-    noise_mean: float = Field(1e-5, gt=0)
+    noise_mean: float = Field(1e-5, gt=0, allow_inf_nan=False)
     """m of sigma ~ LogNormal(ln m, s), the noise on probabilities (1e-5)."""
-    noise_spread: float = Field(4.0, ge=0)
+    noise_spread: float = Field(4.0, ge=0, allow_inf_nan=False)
     """s (4)."""
     length_in: Literal["symbols", "utf8"] = "symbols"
     """Unit of a substring's length: symbols, or their UTF-8 bytes as in the official code."""
+
+
+def _is_a_size(text: str) -> str:
+    parse_bytes(text)
+    return text
 
 
 def hypernet_for(
@@ -216,7 +230,7 @@ class ZeroShotTransfer(Surgery):
     text: tuple[CorpusSpec, ...] = ()
     """Text to train it on; by default the stage's own training part. Name a corpus here, the
     source's for one, and stages with other corpora share one hypernetwork."""
-    sample: str = "16MB"
+    sample: Annotated[str, AfterValidator(_is_a_size)] = "16MB"
     """How much of that text is used, chosen by a hash of the document id."""
     drop_padding: bool = False
     """Allow a source table with more rows than its tokenizer has ids, and leave them out."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from maquette.data.content import content_of_folder
-from maquette.data.corpus import Corpus, prepare
+from maquette.data.corpus import Corpus, domains_of, prepare
 from maquette.data.corpus_spec import CorpusSpec
 from maquette.data.order import stream_seed
 from maquette.data.tokenizers import TokenizerSpec
@@ -83,6 +83,15 @@ class TextWorkload(Workload):
             dev_fraction=self.dev_fraction,
             ops=ops,
             ctx=ctx,
+            progress=ctx.tell,
+        )
+
+    def domains(self, ctx: Ctx) -> Collection[str]:
+        return domains_of(
+            self.corpus,
+            cache=ctx.cache,
+            held_out_fraction=self.held_out_fraction,
+            dev_fraction=self.dev_fraction,
             progress=ctx.tell,
         )
 
