@@ -9,10 +9,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.normalizers import Lowercase
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 
 from maquette.data.corpus import Corpus, CorpusSpec, TokenizerSpec, prepare
 from maquette.data.documents import documents
 from maquette.data.tokenizers import train
+from maquette.errors import BadInput
 from maquette.evaluation.bits_per_byte import BitsPerByte, bits_per_byte_of
 from maquette.evaluation.domains import DomainBitsPerByte
 from maquette.evaluation.scored_text import held_out_tokens, stretch, stretches
@@ -24,8 +30,11 @@ LENGTH = 16
 CAP = 64 * 3
 
 
+WORDS = ["ab", "cé", "def", "語文", "🙂", "hedge", "mason"]
+
+
 def words(rng: np.random.Generator, n: int) -> str:
-    return " ".join(rng.choice(["ab", "cé", "def", "語文", "🙂", "hedge", "mason"], n))
+    return " ".join(rng.choice(WORDS, n))
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +165,29 @@ def test_another_part_in_the_place_of_the_held_out_one_leaves_it_its_own_tokens(
             name, text = list(held_out_texts(part).items())[row]
             assert packed.doc_bytes[i] == len(stretch(text, name, CAP).encode())
             assert corpus.tokenizer.decode(packed.document(i)[:-1]) == stretch(text, name, CAP)
+
+
+def word_tokenizer(*, lower: bool, words: list[str]) -> PreTrainedTokenizerFast:
+    names = ["[UNK]", "[EOS]", *words]
+    made = Tokenizer(WordLevel({w: i for i, w in enumerate(names)}, unk_token="[UNK]"))
+    made.pre_tokenizer = Whitespace()
+    if lower:
+        made.normalizer = Lowercase()
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]", eos_token="[EOS]")
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "message"),
+    [
+        (word_tokenizer(lower=False, words=["Aa", "ab", "def"]), "tokens are `.UNK.`"),
+        (word_tokenizer(lower=True, words=["aa", *map(str, range(40)), *WORDS]), "capitals"),
+    ],
+)
+def test_a_vocabulary_that_does_not_tell_the_text_is_refused(corpus, tmp_path, tokenizer, message):
+    with pytest.raises(BadInput, match=message):
+        BitsPerByte().measure(tiny_llama(tokenizer), corpus, context(tmp_path))
+
+
+def test_a_vocabulary_of_whole_words_that_tells_them_all_is_scored(corpus, tmp_path):
+    tokenizer = word_tokenizer(lower=False, words=["Aa", *map(str, range(40)), *WORDS])
+    assert BitsPerByte().measure(tiny_llama(tokenizer), corpus, context(tmp_path)).num_rows

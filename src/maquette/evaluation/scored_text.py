@@ -10,9 +10,11 @@ same bytes.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -22,11 +24,17 @@ from maquette.data.corpus import Corpus
 from maquette.data.dedup import mix64
 from maquette.data.documents import hash64
 from maquette.data.packing import PackedTokens
+from maquette.errors import BadInput
 from maquette.parts import Audit, Ctx, Subject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 NOMINAL_BYTES = 3
 """Bytes of text a token is reckoned as when text is chosen, whatever the tokenizer."""
+MOST_UNKNOWN = 0.001
 _SPACE = re.compile(r"\s")
+_CASES = "Aa"
 
 
 def stretch(text: str, name: str, n_bytes: int) -> str:
@@ -109,6 +117,36 @@ def held_out_tokens(
     return PackedTokens.open(built_once(ctx.cache, f"tokens-{key}", build))
 
 
+def refuse_lossy(tokenizer: PreTrainedTokenizerBase, part: PackedTokens) -> None:
+    """BadInput for a tokenizer whose ids do not tell the text, which then seems easy to predict.
+
+    part: text in its ids. Up to a thousandth of the tokens may stand for unknown text.
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    decoder = (state.get("decoder") or {}).get("type")
+    if decoder == "ByteLevel" and state.get("normalizer") is None:
+        return
+    unknown = tokenizer.unk_token_id
+    share = 0.0 if unknown is None else float((part.tokens == unknown).mean())
+    ids = tokenizer(_CASES, add_special_tokens=False)["input_ids"]
+    folded = tokenizer.decode(ids).replace(" ", "")
+    if share > MOST_UNKNOWN:
+        loss = (
+            f"{share:.1%} of the tokens are `{tokenizer.unk_token}`, whatever text they stand for"
+        )
+    elif folded != _CASES and folded.casefold() == _CASES.casefold():
+        loss = "it does not tell capitals from small letters"
+    else:
+        return
+    raise BadInput(
+        f"the tokenizer loses text, and bits per byte of what is left are too few: {loss}",
+        where=tokenizer.name_or_path or None,
+        key="workload.tokenizer",
+        mend="a tokenizer of bytes (`bpe` or `bytes`), or one that keeps case and falls back on "
+        "bytes",
+    )
+
+
 def document_ids(data: Corpus) -> list[str]:
     """The id of each document of the held-out part, by its number."""
     from maquette.data.table import stored
@@ -126,5 +164,10 @@ class ScoredText(Audit):
     that read more than this at once."""
 
     def held_out(self, subject: Subject, data: Corpus, ctx: Ctx) -> PackedTokens:
-        """The text that is scored, in the subject's own vocabulary."""
-        return held_out_tokens(subject, data, ctx, self.document_tokens)
+        """The text that is scored, in the subject's own vocabulary.
+
+        Raises BadInput for a vocabulary that does not tell the text.
+        """
+        part = held_out_tokens(subject, data, ctx, self.document_tokens)
+        refuse_lossy(subject.tokenizer, part)
+        return part
