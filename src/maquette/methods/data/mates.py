@@ -216,9 +216,9 @@ with branch([model], sgd) as now:
         n_reference = len(reference.ids_RT)
         if stage == 0:
             rows = pool.candidates[: stages.taken(0)]
-            facts = {"stage": 0, "chosen_by": "chance", "reference_rows": n_reference}
+            random = {"stage": 0, "chosen_by": "chance", "reference_rows": n_reference}
             fewer = _fewer_rows(n_reference, self.reference.rows)
-            return Selection(rows, ordered=True, facts=facts, warnings=fewer)
+            return Selection(rows, ordered=True, facts=random, warnings=fewer)
         try:
             model, state, facts = self._fitted(run, reference, pool, stage, stages.edges)
         except ValueError as error:
