@@ -87,14 +87,19 @@ class Untrained(_Part):
 
 
 class Trial(_Part):
-    """One trial of an arm: a value per tuned key, and the metric on `dev`; None if it failed."""
+    """One trial of an arm: a value per tuned key, and the metric on `dev`; None if it failed.
+
+    refused: why no run can have these values, "" for a trial that was run.
+    """
 
     values: list[float]
     score: Number
+    refused: str = ""
 
 
 class TunedArm(_Part):
-    """How an arm's values were found. certified: every neighbour of `best` was run, none better.
+    """How an arm's values were found. certified: of `best`'s neighbours none is better; every one was
+    run, or cannot be.
     flops: what the trials cost; no arm's ledger holds it.
     """
 
