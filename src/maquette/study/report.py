@@ -98,9 +98,8 @@ class Trial(_Part):
 
 
 class TunedArm(_Part):
-    """How an arm's values were found. certified: of `best`'s neighbours none is better; every one was
-    run, or cannot be.
-    flops: what the trials cost; no arm's ledger holds it.
+    """How an arm's values were found. certified: every neighbour of `best` was run or refused, none
+    better. flops: what the trials cost; no arm's ledger holds it.
     """
 
     arm: str
