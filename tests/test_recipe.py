@@ -294,7 +294,7 @@ def test_a_soup_of_two_sizes_is_refused_when_the_recipe_is_read():
 
 
 def test_a_soup_whose_shapes_the_recipe_does_not_tell_is_left_to_the_run():
-    named = BASE["workload"] | {"model": "some/model", "tokenizer": "bytes"}
+    named = BASE["workload"] | {"model": "some/model"}
     assert averaged("soup", size="300k", workload=named)
     assert averaged("soup", size="300k", surgery=["low-rank"])
     assert averaged("ensemble", size="300k")  # only their logits must fit
