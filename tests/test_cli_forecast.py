@@ -80,6 +80,15 @@ def test_for_people_the_held_out_error_stands_beside_every_floor(run, table):
     assert "report: " in out
 
 
+def test_arms_that_are_fitted_together_are_told_of(run, table):
+    asked = ("forecast", "--table", table, "--x", "params,tokens", "--y", "loss", "--draws", "100")
+    note = (
+        "the column `arm` tells 2 kinds of them apart (base, new): `--group arm` gives each its own"
+    )
+    assert note in run(*asked)[1]
+    assert "--group" not in run(*asked, "--group", "arm")[1]
+
+
 def test_a_table_that_bears_no_law_ends_with_status_1_and_the_reason(run, tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("epochs,loss\n8,5.481\n16,5.755\n32,7.518\n64,8\n")

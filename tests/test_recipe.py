@@ -328,3 +328,24 @@ def test_a_digest_is_the_same_in_another_process():
     code = f"from maquette.recipe import digest; print(digest({facts}))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == digest("stage", {"a": "é", "b": [1.5, None]}, 3)
+
+
+def averaged(kind, *before, **b):
+    members = [{"name": "a"}, {"name": "b", "reseed": 1, **b}]
+    last = {"name": "both", "init": {kind: ["a", "b"]}, "budget": "0step"}
+    return recipe(stages=[*before, *members, last])
+
+
+def test_a_soup_of_two_sizes_is_refused_when_the_recipe_is_read():
+    with pytest.raises(BadInput, match="`a` and `b` have models of other shapes") as caught:
+        averaged("soup", size="300k")
+    assert caught.value.key == "stages.both.init"
+    with pytest.raises(BadInput, match="nano and 300k"):
+        averaged("soup", {"name": "first", "size": "300k"}, init={"from": "first"})
+
+
+def test_a_soup_whose_shapes_the_recipe_does_not_tell_is_left_to_the_run():
+    named = BASE["workload"] | {"model": "some/model"}
+    assert averaged("soup", size="300k", workload=named)
+    assert averaged("soup", size="300k", surgery=["low-rank"])
+    assert averaged("ensemble", size="300k")  # only their logits must fit

@@ -267,6 +267,7 @@ def parse_recipe(data: Mapping[str, Any], *, where: object = None) -> Recipe:
         check_fit(stage, where)
     check_tokenizers(recipe, where)
     _check_reads(recipe, where)
+    _check_soups(recipe, where)
     return recipe
 
 
@@ -372,6 +373,38 @@ def _check_reads(recipe: Recipe, where: object) -> None:
                 error.where = error.where or where
                 error.key = f"stages.{stage.name}.{slot}.{error.key}"
                 raise
+
+
+def _check_soups(recipe: Recipe, where: object) -> None:
+    """Refuse a soup of stages whose models are certain to have other shapes."""
+    stages = {stage.name: stage for stage in recipe.stages}
+    for stage in recipe.stages:
+        if stage.init is None or stage.init.kind != "soup":
+            continue
+        sizes = {name: _model_size(stages[name], stages) for name in stage.init.stages}
+        known = [(name, size) for name, size in sizes.items() if size is not None]
+        for name, size in known[1:]:
+            first, other = known[0]
+            if size != other:
+                raise BadInput(
+                    f"`{first}` and `{name}` have models of other shapes ({other.name} and "
+                    f"{size.name}), whose weights have no mean",
+                    where=where,
+                    key=f"stages.{stage.name}.init",
+                    mend="train them at one `size`; an ensemble may hold models of several",
+                )
+
+
+def _model_size(stage: Stage, stages: Mapping[str, Stage]) -> Size | None:
+    """The size that a stage's model was built with, where the recipe tells its shape.
+
+    It does not for a model that is only named, nor after surgery, which may change shapes.
+    """
+    while stage.init is not None and not stage.surgery:
+        stage = stages[stage.init.stages[0]]
+    named = getattr(stage.workload, "model", None) is not None
+    ours = type(stage.workload).__module__.startswith("maquette.")  # others may ignore the size
+    return stage.size if ours and not (named or stage.surgery) else None
 
 
 def _check_ensemble(stage: Stage, workload: str, where: object) -> None:

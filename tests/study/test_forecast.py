@@ -366,3 +366,24 @@ def test_another_metric_takes_a_share_along_and_no_size(tmp_path, monkeypatch, g
         forecast_study(asked, parse_ladder({}), Store(tmp_path), metric="bits-per-byte")
     [metric] = seen
     assert (metric.name, metric.smallest_effect) == ("bits-per-byte", carried)
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        (1e3, "the target lies below the smallest params (1e+05)"),
+        (1e6, "the target lies among the runs: this is interpolation"),
+        (1.3e7, ""),
+        (None, ""),
+    ],
+)
+def test_a_target_that_is_not_above_the_runs_is_told_of(target, said):
+    x = np.repeat([1e5, 8e5, 3e6, 1.1e7], 3)[:, None]
+    loss = Law(1.5, (60.0,), (0.35,))(x[:, 0]) * np.exp(
+        0.002 * np.random.default_rng(0).standard_normal(12)
+    )
+    at = None if target is None else (target,)
+    warnings = fit_points(Points("a", ("params",), x, loss), at, draws=100).warnings
+    told = [warning for warning in warnings if "the target lies" in warning]
+    assert len(told) == bool(said)
+    assert said in "".join(told)

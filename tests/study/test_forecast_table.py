@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from maquette.errors import BadInput
-from maquette.study.forecast_table import read_points
+from maquette.study.forecast_table import pooled_names, read_points
 
 ROWS = [
     {"arm": "base", "params": 1e6, "tokens": 2e7, "loss": 3.1},
@@ -124,3 +124,9 @@ def test_a_missing_file_and_binary_bytes_are_explained(tmp_path):
 def test_one_or_two_columns_are_fitted(tmp_path, x):
     with pytest.raises(BadInput, match="one or two different columns"):
         read_points(write(tmp_path / "t.csv"), x, "loss")
+
+
+def test_a_column_of_names_that_splits_the_runs_is_found(tmp_path):
+    rows = [row | {"seed": i % 2, "run": f"r{i}", "place": "here"} for i, row in enumerate(ROWS)]
+    path = write(tmp_path / "t.csv", rows)
+    assert pooled_names(path, ["params", "tokens", "loss"]) == {"arm": ["base", "new"]}

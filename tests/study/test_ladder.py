@@ -156,3 +156,21 @@ def test_stages_of_the_recipes_size_and_budget_follow_the_ladder_and_others_stay
     assert found["a"] == found["b"] == ("3m", "60000000tok")
     assert found["both"] == ("3m", "0step")
     assert found["warm-up"] == ("3m", "7step")
+
+
+def test_a_teacher_of_another_size_keeps_the_budget_that_it_shares_with_its_student():
+    recipe = parse_recipe(
+        {
+            "workload": WORKLOAD | {"length": 32},
+            "size": "1m",
+            "objective": "causal-lm",
+            "budget": "500step",
+            "stages": [
+                {"name": "teacher", "size": "nano"},
+                {"name": "student", "objective": {"type": "salt", "teacher": "teacher"}},
+            ],
+        }
+    )
+    moved = on_rung(recipe, SIZES["10m"], rule("20tok/param"))
+    found = {stage.name: (stage.size.name, str(stage.budget)) for stage in moved.stages}
+    assert found == {"teacher": ("nano", "500step"), "student": ("10m", "220000000tok")}

@@ -128,6 +128,34 @@ def test_an_arm_is_tuned_over_its_own_keys():
     assert other.recipe.last.optim.learning_rate == 4e-3
 
 
+def test_a_point_that_the_parts_refuse_is_not_run_and_is_no_better_a_neighbour():
+    optim = {"type": "infinite-compute", "learning_rate": 0.1, "weight_decay": 4}
+    tuning = Tuning(over={"optim.learning_rate": 3}, trials=4)
+    ran = []
+
+    def run(recipes):
+        ran.extend(r.last.optim.learning_rate for r in recipes)
+        return [-r.last.optim.learning_rate for r in recipes]  # the higher, the better
+
+    found = tune(parse_recipe(BASE | {"optim": optim}), "b", tuning, run, direction="lower")
+    assert ran == pytest.approx([0.1, 0.1 / 3], rel=1e-5)
+    assert found.search.best == (0.1,)
+    assert found.search.certified
+    ((point, why),) = found.refused.items()
+    assert point == pytest.approx((0.3,))
+    assert math.isnan(found.search.scores[point])
+    assert "learning_rate * weight_decay must be below" in why
+
+
+def test_an_error_that_is_not_of_a_points_values_ends_the_tuning():
+    def run(recipes):
+        raise BadInput("the corpus is gone")
+
+    tuning = Tuning(over={"optim.learning_rate": 3}, trials=4)
+    with pytest.raises(BadInput, match="the corpus is gone"):
+        tune(parse_recipe(BASE), "plain", tuning, run, direction="lower")
+
+
 @pytest.mark.parametrize("factor", [1.0, 0.5, float("inf")])
 def test_a_factor_must_be_above_one(factor):
     with pytest.raises(ValueError, match="must be above 1"):

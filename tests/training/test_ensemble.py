@@ -90,3 +90,5 @@ def test_a_soup_is_the_mean_of_every_weight():
 def test_a_soup_of_different_shapes_names_the_weight():
     with pytest.raises(ValueError, match=r"model 1 differs from model 0 in `model\."):
         soup([llama(0), llama(0, head_dim=4)])
+    with pytest.raises(ValueError, match=r"`b` differs from `a` in `model\."):
+        soup([llama(0), llama(0, head_dim=4)], ["`a`", "`b`"])

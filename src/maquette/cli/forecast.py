@@ -212,7 +212,7 @@ def _from_table(
     from maquette.study import forecast_report as reporting
     from maquette.study.forecast import forecast_points
     from maquette.study.forecast_page import render
-    from maquette.study.forecast_table import read_points
+    from maquette.study.forecast_table import pooled_names, read_points
 
     columns = [name.strip() for name in str(x).split(",")]
     arms = read_points(table, columns, str(y), group)
@@ -226,6 +226,14 @@ def _from_table(
         draws=draws,
         level=level,
     )
+    pooled = {} if group is not None else pooled_names(table, [*columns, str(y)])
+    notes = [
+        f"one law is fitted to all runs, though the column `{column}` tells {len(names)} kinds of "
+        f"them apart ({', '.join(names[:3])}{', ...' * (len(names) > 3)}): `--group {column}` "
+        "gives each its own"
+        for column, names in pooled.items()
+    ]
+    found = replace(found, notes=(*found.notes, *notes))
     rows = {arm: [p.x_PV.tolist(), p.loss_P.tolist()] for arm, p in arms.items()}
     name = digest("forecast table", rows, columns, y, at, draws, level)
     facts = {"Loss": str(y), "Over": ", ".join(columns), "Rows": str(_count(arms))}

@@ -18,6 +18,7 @@ from maquette.registry import packages_of
 from maquette.study.claiming import claimed
 from maquette.study.damage import told_again
 from maquette.study.machine import machine_facts
+from maquette.study.seen import seen_before
 from maquette.study.store import Store
 from maquette.training.distributed import ALONE
 from maquette.training.ledger import Ledger
@@ -91,6 +92,7 @@ def _evaluate(
     warnings: dict[str, str] = {}
     for trained in done.values():
         warnings |= store.run(trained.digest).metrics.get("warnings", {})
+    warnings |= seen_before(recipe.last.name, corpus, done)
     warnings |= told_again(store, name)
     items = pa.concat_tables([SCHEMA.empty_table(), *tables], promote_options="default")
     store.finish(

@@ -185,6 +185,12 @@ def _warnings(
         if value > FAR * column.max():
             found.append(f"the target lies {value / column.max():.0f} times beyond the largest "
                          f"{name}: the interval holds if the law does")  # fmt: skip
+        if value < column.min():
+            found.append(f"the target lies below the smallest {name} ({column.min():.3g}): nothing "
+                         "says that the law holds there")  # fmt: skip
+    columns = zip(points.x_PV.T, target or (), strict=False)
+    if target is not None and all(x.min() <= value <= x.max() for x, value in columns):
+        found.append("the target lies among the runs: this is interpolation, not a forecast")
     return found
 
 

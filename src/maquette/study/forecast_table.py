@@ -57,6 +57,31 @@ def read_points(
     return {arm: _points(arm, rows, tuple(x), path) for arm, rows in arms.items()}
 
 
+def pooled_names(path: Path, columns: Sequence[str]) -> dict[str, list[str]]:
+    """{column: its names} where a column of text splits the runs of a table that has no `--group`.
+
+    columns: x and y, which do not count; nor does a column that names hardly two runs alike.
+    Raises BadInput as `read_points`.
+    """
+    rows = [row for _, row in _rows(path)]
+    others = dict.fromkeys(name for row in rows for name in row if name not in columns)
+    found = {}
+    for column in others:
+        cells = [str(row[column]).strip() for row in rows if row.get(column) is not None]
+        names = list(dict.fromkeys(cell for cell in cells if cell))
+        if 2 <= len(names) <= len(rows) / 2 and not all(map(_is_number, names)):
+            found[column] = names
+    return found
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _points(arm: str, rows: list[tuple[float, ...]], x: tuple[str, ...], path: Path) -> Points:
     table = np.array(rows)
     for v, column in enumerate(x):

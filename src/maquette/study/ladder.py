@@ -240,16 +240,16 @@ def _ancestors(stage: Stage, recipe: Recipe) -> list[str]:
 def on_rung(recipe: Recipe, size: Size, rule: Rule) -> Recipe:
     """The recipe at one size of the ladder.
 
-    Every stage that has the size of the last trained one takes the new size, every stage that has
-    its budget the new budget; a teacher of another size or a shorter first stage stays as written.
+    Every stage that has the size of the last trained one takes the new size, for the model goes on
+    from stage to stage; one that has its budget too takes the new budget. A shorter first stage
+    keeps its budget, and a stage of another size, such as a small teacher, stays as written.
     """
     last = anchor(recipe)
-    stages = tuple(
-        replace(
-            stage,
-            size=size if stage.size == last.size else stage.size,
-            budget=rule.at(size) if stage.budget == last.budget else stage.budget,
-        )
-        for stage in recipe.stages
-    )
-    return replace(recipe, stages=stages)
+
+    def moved(stage: Stage) -> Stage:
+        if stage.size != last.size:
+            return stage
+        budget = rule.at(size) if stage.budget == last.budget else stage.budget
+        return replace(stage, size=size, budget=budget)
+
+    return replace(recipe, stages=tuple(map(moved, recipe.stages)))

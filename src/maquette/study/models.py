@@ -110,9 +110,11 @@ def _start(stage: Stage, corpus: Corpus, ctx: Ctx, parents: Sequence[Path]) -> P
     try:
         if stage.init.kind == "ensemble":
             return LogitMean(models)
-        return soup(models) if len(models) > 1 else models[0]
+        names = [f"`{name}`" for name in stage.init.stages]
+        return soup(models, names) if len(models) > 1 else models[0]
     except ValueError as error:
-        raise BadInput(str(error), key=key, mend="stages of one workload and size") from None
+        what = f"{', '.join(stage.init.stages)}: {error}"
+        raise BadInput(what, key=key, mend="stages of one workload and size") from None
 
 
 def save_state(folder: Path, state: State) -> None:

@@ -88,16 +88,20 @@ class Untrained(_Part):
 
 
 class Trial(_Part):
-    """One trial of an arm: a value per tuned key, and the metric on `dev`; None if it failed."""
+    """One trial of an arm: a value per tuned key, and the metric on `dev`; None if it failed.
+
+    refused: why no run can have these values, "" for a trial that was run.
+    """
 
     values: list[float]
     score: Number
+    refused: str = ""
 
 
 class TunedArm(_Part):
-    """How an arm's values were found. certified: every neighbour of `best` was run, none better.
-    best: empty when every trial failed; the arm was then not run. flops: what the trials cost; no
-    arm's ledger holds it.
+    """How an arm's values were found. certified: every neighbour of `best` was run or refused, none
+    better. best: empty when every trial failed; the arm was then not run. flops: what the trials
+    cost; no arm's ledger holds it.
     """
 
     arm: str

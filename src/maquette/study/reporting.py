@@ -142,7 +142,7 @@ def _tuning_view(arm: Tuned) -> form.TunedArm:
         certified=arm.search.certified,
         flops=arm.flops,
         trials=[
-            form.Trial(values=list(point), score=score)
+            form.Trial(values=list(point), score=score, refused=arm.refused.get(point, ""))
             for point, score in arm.search.scores.items()
         ],
     )

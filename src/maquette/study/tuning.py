@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
@@ -130,7 +130,8 @@ def _shift(at: tuple[int, ...], axis: int, step: int) -> tuple[int, ...]:
 @dataclass(frozen=True)
 class Tuned:
     """An arm with the values its trials chose. keys: what was tuned, in order of the points.
-    flops: what the trials cost. failure: why it cannot be tuned, where every trial failed; or "".
+    flops: what the trials cost. refused: points that no run can have, and why; they score NaN.
+    failure: why it cannot be tuned, where every trial failed; or "".
     """
 
     arm: str
@@ -138,6 +139,7 @@ class Tuned:
     keys: tuple[str, ...]
     search: Search
     flops: float = 0.0
+    refused: Mapping[Point, str] = field(default_factory=dict)
     failure: str = ""
 
 
@@ -151,19 +153,34 @@ def tune(
     where: object = None,
 ) -> Tuned:
     """Tune one arm. run: the metric on `dev` of some recipes under the tuning seed; NaN for one
-    that failed. Raises BadInput for a key that holds no number.
+    that failed. A point whose values the recipe's parts refuse is not run and counts as the worst.
+    Raises BadInput for a key that holds no number, and where the arm's own values are refused.
     """
     factors = tuning.keys_of(arm)
     keys = tuple(factors)
     start = tuple(value_at(recipe, key, where) for key in keys)
+    with_values(recipe, keys, start, where)
+    refused: dict[Point, str] = {}
+
+    def score(points: Sequence[Point]) -> list[float]:
+        fit: dict[Point, Recipe] = {}
+        for point in points:
+            try:
+                fit[point] = with_values(recipe, keys, point, where)
+            except BadInput as error:
+                refused[point] = f"{error.key}: {error.what}" if error.key else error.what
+        found = dict(zip(fit, run([*fit.values()]) if fit else [], strict=True))
+        return [found.get(point, math.nan) for point in points]
+
     search = coordinate_descent(
-        lambda points: run([with_values(recipe, keys, p, where) for p in points]),
+        score,
         start,
         tuple(factors.values()),
         trials=tuning.trials,
         direction=direction,
     )
-    return Tuned(arm, with_values(recipe, keys, search.best, where), keys, search)
+    best = with_values(recipe, keys, search.best, where)
+    return Tuned(arm, best, keys, search, refused=refused)
 
 
 def value_at(recipe: Recipe, key: str, where: object = None) -> float:

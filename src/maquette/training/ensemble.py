@@ -87,20 +87,23 @@ class LogitMean(PreTrainedModel, GenerationMixin):
 
 
 @torch.no_grad()
-def soup(models: Sequence[PreTrainedModel]) -> PreTrainedModel:
+def soup(models: Sequence[PreTrainedModel], names: Sequence[str] = ()) -> PreTrainedModel:
     """The first model with the mean of all models' weights, summed in fp64.
 
+    names: of the models, for what is said of them; by default `model 0`, `model 1`.
     Wortsman et al., 2022, arXiv:2203.05482 (uniform soup). Raises ValueError when there is no
     model, or the shapes differ.
     """
     check_members(models)
+    called = names or [f"model {number}" for number in range(len(models))]
     first, *others = [model.state_dict() for model in models]
     for number, other in enumerate(others, 1):
         for name in first.keys() | other.keys():
             shapes = [tuple(w[name].shape) if name in w else None for w in (first, other)]
             if shapes[0] != shapes[1]:
                 raise ValueError(
-                    f"model {number} differs from model 0 in `{name}`: {shapes[1]}, {shapes[0]}"
+                    f"{called[number]} differs from {called[0]} in `{name}`: {shapes[1]}, "
+                    f"{shapes[0]}"
                 )
     # All means before any is stored: tied weights are one tensor under two names.
     means = {
