@@ -215,6 +215,18 @@ def test_page_uses_neither_script_nor_network(page_text: str) -> None:
     assert "@import" not in page_text and "url(h" not in page_text
 
 
+def test_a_trial_that_was_refused_is_shown_with_the_reason(tmp_path: Path) -> None:
+    trials = [
+        {"values": [0.1], "score": 2.0},
+        {"values": [0.3], "score": None, "refused": "the rate is too high"},
+    ]
+    arm = {"arm": "a", "keys": ["optim.learning_rate"], "best": [0.1], "certified": True}
+    tuning = [arm | {"trials": trials, "flops": 1.0}]
+    paths = render(Report.model_validate(sample() | {"tuning": tuning}), tmp_path)
+    assert "0.3 – the rate is too high" in Page(paths["html"].read_text(encoding="utf-8")).text
+    assert "| 0.3 | – | the rate is too high |" in paths["md"].read_text(encoding="utf-8")
+
+
 def test_html_of_hostile_document_text_comes_out_escaped(tmp_path: Path) -> None:
     report = sample()
     before = Page(render_html(Report.model_validate(report))).tags
