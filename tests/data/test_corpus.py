@@ -94,7 +94,7 @@ def test_preparing_twice_does_no_work_and_gives_the_same_digest(source, tmp_path
     def refuse(*args: Any) -> None:
         raise AssertionError("worked again")
 
-    for name in ("read", "pack", "_documents", "_tokens"):
+    for name in ("pack", "split_documents", "_tokens"):
         monkeypatch.setattr(corpus_module, name, refuse)
     again = prepare(source, BYTES, cache=cache)
     assert (again.digest, again.parts) == (first.digest, first.parts)

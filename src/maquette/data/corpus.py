@@ -16,39 +16,22 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field
 
-from maquette.data import dedup, table, tokenizers
+from maquette.data import table, tokenizers
 from maquette.data.cache import built_once, digest, read_card
 from maquette.data.corpus_spec import CorpusSpec
+from maquette.data.documents_layer import DedupSpec, split_documents
 from maquette.data.engines import Engine, InProcess
 from maquette.data.packing import PackedTokens, pack
-from maquette.data.readers import fingerprint, read
-from maquette.data.split import PARTS, check_split, split
+from maquette.data.readers import fingerprint
 from maquette.data.steps import DataOp, Progress, Step, run_steps
-from maquette.data.streams import ReadReport
-from maquette.data.table import DROPPED, DocumentWriter, stored
+from maquette.data.table import stored
 from maquette.data.tokenizers import TokenizerSpec
 from maquette.errors import BadInput
 from maquette.quantities import parse_bytes
 
 _FORMAT = 2
-EXACT, NEAR = "exact duplicate", "near duplicate"
-
-
-class DedupSpec(BaseModel):
-    """Which duplicates are removed, and which only stay on one side of the split."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    exact: bool = True
-    """Remove documents that are equal but for white space."""
-    near: float | None = Field(default=0.8, gt=0, le=1)
-    """Remove all but one of a cluster linked at this Jaccard similarity; null removes none."""
-    group: float | None = Field(default=0.5, gt=0, le=1)
-    """Documents linked at this similarity are held out, or trained on, together."""
 
 
 @dataclass(frozen=True)
@@ -258,7 +241,9 @@ def _layers(
         )
     key = digest(_FORMAT, spec.model_dump(), rules.model_dump(), fractions, fingerprint(spec))
     base = built_once(
-        cache, f"documents-{key}", lambda to: _documents(spec, rules, fractions, engine, to, tell)
+        cache,
+        f"documents-{key}",
+        lambda to: split_documents(spec, rules, fractions, engine, to, tell),
     )
     if not ops:
         return base, base, {}
@@ -280,92 +265,6 @@ def _layers(
     if "bills" not in card:  # of a cache from before bills were kept by part
         return base, top, {top.name: card["ledger"]}
     return base, top, {curated(n): bill for n, bill in enumerate(card["bills"], 1)}
-
-
-def _documents(
-    spec: CorpusSpec,
-    rules: DedupSpec,
-    fractions: dict[str, float],
-    engine: Engine,
-    to: Path,
-    tell: Progress,
-) -> dict[str, Any]:
-    """Layer 1: `train.parquet`, `held_out.parquet`, `dev.parquet`, `dropped.parquet`."""
-    report, unsplit = ReadReport(), to / "unsplit.parquet"
-    with DocumentWriter(unsplit) as out:
-        for batch in read(spec, report):
-            out.write(batch)
-            tell("read", report.bytes, None)
-    if report.documents < 2:
-        raise BadInput(
-            "the corpus is one document, which cannot be split",
-            where=spec.path,
-            key="path",
-            mend="give one document per file, per JSON line, or per paragraph of a .txt file",
-        )
-    with dedup.SketchFile(to / "signatures.bin") as sketches:
-        near = rules.near is not None or rules.group is not None
-        for sketch in engine.map(dedup.Sketch(near), unsplit):
-            sketches.add(sketch)
-            done = report.bytes * sketches.n_documents // report.documents
-            tell("find duplicates", done, report.bytes)
-        keys = sketches.keys()
-        why, group = _duplicates(rules, keys, sketches)
-    kept = why == 0
-    part = np.full(len(keys), -1, np.int8)
-    part[kept] = split(keys[kept], group[kept], fractions["held_out"], fractions["dev"])
-    check_split(part[kept], fractions["held_out"], spec.path)
-    parts = _write_parts(unsplit, to, part, why, report.bytes, tell)
-    unsplit.unlink()
-    largest = int(np.bincount(group[kept]).max())
-    removed = {EXACT: int((why == 1).sum()), NEAR: int((why == 2).sum())}
-    return {"read": report.as_dict(), "duplicates": removed, "largest_group": largest,
-            "parts": parts}  # fmt: skip
-
-
-def _duplicates(
-    rules: DedupSpec, keys: np.ndarray, sketches: dedup.SketchFile
-) -> tuple[np.ndarray, np.ndarray]:
-    """(0 kept, 1 exact, 2 near; group for the split) of each document. Of a cluster the document
-    with the smallest hashed id stays, which does not depend on the order of reading."""
-    why = np.zeros(len(keys), np.int8)
-    equal = group = sketches.equal_texts()
-    if rules.near is not None:
-        why[_all_but_first(keys, dedup.clusters(sketches.signatures(), rules.near))] = 2
-    if rules.group is not None:
-        group = dedup.clusters(sketches.signatures(), rules.group)
-    if rules.exact:
-        why[_all_but_first(keys, equal)] = 1
-    return why, group
-
-
-def _all_but_first(keys: np.ndarray, cluster: np.ndarray) -> np.ndarray:
-    order = np.lexsort((keys, cluster))
-    return order[1:][cluster[order][1:] == cluster[order][:-1]]
-
-
-def _write_parts(
-    unsplit: Path, to: Path, part: np.ndarray, why: np.ndarray, total: int, tell: Progress
-) -> dict[str, Any]:
-    reasons = np.array(["", EXACT, NEAR])
-    writers = [DocumentWriter(to / f"{name}.parquet") for name in PARTS]
-    start = done = 0
-    with DocumentWriter(to / "dropped.parquet", DROPPED) as left_out:
-        for batch in stored(unsplit):
-            here = slice(start, start + batch.num_rows)
-            start += batch.num_rows
-            for code, writer in enumerate(writers):
-                writer.write(batch.filter(pa.array(part[here] == code)))
-            gone = batch.filter(pa.array(part[here] == -1))
-            left_out.write(table.dropped(gone, reasons[why[here][part[here] == -1]].tolist()))
-            done += batch.nbytes
-            tell("split", min(done, total), total)
-    for writer in writers:
-        writer.close()
-    return {
-        name: {"documents": w.documents, "bytes": w.bytes, "digest": w.digest}
-        for name, w in zip(PARTS, writers, strict=True)
-    }
 
 
 def _tokenizer_folder(spec: TokenizerSpec, base: Path, cache: Path, tell: Progress) -> Path:
