@@ -1,13 +1,16 @@
 """What the guides show exists, parses and runs."""
 
+import json
 import re
 import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import yaml
 
+import maquette
 from maquette import conformance, parts, registry
 from maquette.cli import app
 from maquette.quantities import SIZES
@@ -97,6 +100,24 @@ def test_the_example_of_the_forecast_guide_runs(capsys):
     [code] = blocks(ROOT / "docs" / "forecast.md", "python")
     exec(compile(code, "forecast.md", "exec"), {})
     assert "power law with a floor" in capsys.readouterr().out
+
+
+def test_the_study_from_python_gives_a_verdict(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    draw = np.random.default_rng(0)
+    texts = (" ".join(map(str, draw.integers(0, 10_000, 400))) for _ in range(60))
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "notes.jsonl").write_text(lines)
+    [code] = blocks(ROOT / "docs" / "study.md", "python")
+    exec(compile(code, "study.md", "exec"), {})
+    sentence, page = capsys.readouterr().out.splitlines()[-2:]
+    assert sentence.startswith("tenth ")
+    assert Path(page).is_file()
+
+
+def test_the_public_names_are_listed_and_can_be_had():
+    assert set(maquette.__all__) <= set(dir(maquette))
+    assert all(getattr(maquette, name) is not None for name in maquette.__all__)
 
 
 @pytest.fixture
