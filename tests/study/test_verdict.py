@@ -20,6 +20,7 @@ from maquette.study.charging import (
 )
 from maquette.study.statistics import Interval, Paired
 from maquette.study.verdict import (
+    Verdict,
     decide,
     judge,
     judge_pairs,
@@ -69,6 +70,20 @@ def test_a_share_of_zero_is_refused() -> None:
         resolve_smallest_effect("1%", 0.0)
 
 
+def decided(found: Interval, smallest_effect: float) -> Verdict:
+    return decide(
+        found,
+        metric="bits_per_byte",
+        direction="lower",
+        smallest_effect=smallest_effect,
+        baseline_mean=1.9,
+        n_seeds=5,
+        n_items=200,
+        arm="electra",
+        baseline="causal",
+    )
+
+
 @pytest.mark.parametrize(
     ("low", "high", "parts"),
     [
@@ -79,17 +94,7 @@ def test_a_share_of_zero_is_refused() -> None:
     ],
 )
 def test_the_sentence_carries_the_numbers(low: float, high: float, parts: tuple[str, ...]) -> None:
-    verdict = decide(
-        interval(low, high),
-        metric="bits_per_byte",
-        direction="lower",
-        smallest_effect=0.01,
-        baseline_mean=1.9,
-        n_seeds=5,
-        n_items=200,
-        arm="electra",
-        baseline="causal",
-    )
+    verdict = decided(interval(low, high), smallest_effect=0.01)
     for part in (*parts, "95% interval", "5 seeds, 200 items each", "causal"):
         assert part in verdict.sentence
     assert verdict.sentence.endswith(".")
@@ -97,15 +102,7 @@ def test_the_sentence_carries_the_numbers(low: float, high: float, parts: tuple[
 
 
 def test_an_undecided_sentence_names_no_smallest_effect_where_there_is_none() -> None:
-    verdict = decide(
-        interval(-0.04, 0.02),
-        metric="accuracy",
-        direction="higher",
-        smallest_effect=0.0,
-        baseline_mean=0.5,
-        n_seeds=5,
-        n_items=200,
-    )
+    verdict = decided(interval(-0.04, 0.02), smallest_effect=0.0)
     assert "±" not in verdict.sentence
     assert verdict.sentence.endswith("which does not tell it from no effect.")
 

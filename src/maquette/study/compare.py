@@ -197,9 +197,8 @@ def _untunable(arm: Tuned, failures: Sequence[str]) -> str:
     """Why an arm cannot be tuned, with the reason of its first trial; "" if one trial succeeded."""
     if arm.search.any_succeeded:
         return ""
-    return (
-        f"it cannot be tuned: all {len(arm.search.scores)} trials failed, the first: {failures[0]}"
-    )
+    why = failures[0] if failures else "its metric is not a number"
+    return f"it cannot be tuned: all {len(arm.search.scores)} trials failed, the first: {why}"
 
 
 def _collect(name: str, outcomes: Sequence[TaskDone], store: Store) -> ArmRuns:
